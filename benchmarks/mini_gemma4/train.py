@@ -1,0 +1,249 @@
+"""Train the small Gemma 4 model that stands beside this script.
+
+    python benchmarks/mini_gemma4/train.py --out benchmarks/mini_gemma4
+
+The text is CPython's standard library as the running interpreter ships it (`Lib/`, test suites left
+out). Two sets of modules are held out of training: a piece of one becomes `eval.txt`, a piece of the
+other `calibration.txt`. The tokenizer is trained on the training text alone. Everything is seeded; the
+result differs between machines only by the rounding of their matrix products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
+VOCAB_SIZE = 2048
+BOS_ID, EOS_ID = 2, 1
+STEP_TOKENS = 4096
+
+# Whole top-level modules, so that no file of a held-out package is trained on.
+EVAL_MODULES = {"argparse", "asyncio", "csv", "heapq", "ipaddress", "json", "shutil", "statistics"}
+CALIBRATION_MODULES = {"concurrent", "decimal", "fractions", "http", "_pydecimal", "pathlib", "textwrap", "typing"}
+HELD_OUT_NBYTES = 256 * 1024
+LEFT_OUT_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+def read_sources() -> tuple[list[str], str, str]:
+    """The training files, the evaluation piece and the calibration piece, in sorted order of path."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    training, held_out = [], {"eval": [], "calibration": []}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if LEFT_OUT_FOLDERS.intersection(parts) or parts[0].startswith("config-") or parts[0].startswith("_sysconfig"):
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        module = parts[0].removesuffix(".py")
+        if module in EVAL_MODULES:
+            held_out["eval"].append(text)
+        elif module in CALIBRATION_MODULES:
+            held_out["calibration"].append(text)
+        else:
+            training.append(text)
+    return training, _piece(held_out["eval"]), _piece(held_out["calibration"])
+
+
+def _piece(files: list[str]) -> str:
+    """An equal share from the beginning of each file, cut at line ends, so that every module speaks."""
+    share = HELD_OUT_NBYTES // len(files)
+    piece = ""
+    for text in files:
+        lines, size = [], 0
+        for line in text.splitlines(keepends=True):
+            size += len(line.encode())
+            if size > share:
+                break
+            lines.append(line)
+        piece += "".join(lines)
+    return piece
+
+
+def train_tokenizer(texts: list[str]) -> Tokenizer:
+    """BPE in Gemma's manner: spaces as ▁, byte fallback, no splitting but at spaces."""
+    learner = Tokenizer(models.BPE())
+    learner.normalizer = normalizers.Replace(" ", "▁")
+    # Only learning is split: it keeps merges inside words, runs of blanks and single digits.
+    learner.pre_tokenizer = pre_tokenizers.Split(Regex(r"▁?[\p{L}_]+|\p{N}|▁+|\n+|▁?[^\p{L}\p{N}▁\n]+"), "isolated")
+    learner.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=VOCAB_SIZE - 256, special_tokens=SPECIAL_TOKENS, limit_alphabet=128)
+    )
+    learned = json.loads(learner.to_str())["model"]
+    words = sorted(learned["vocab"], key=learned["vocab"].__getitem__)[len(SPECIAL_TOKENS) :]
+    vocab = {word: token_id for token_id, word in enumerate([*SPECIAL_TOKENS, *BYTE_TOKENS, *words])}
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=[tuple(merge) for merge in learned["merges"]],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos>:1 $B:1", special_tokens=[("<bos>", BOS_ID)]
+    )
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
+    assert tokenizer.get_vocab_size() == VOCAB_SIZE, tokenizer.get_vocab_size()
+    return tokenizer
+
+
+def make_config() -> Gemma4TextConfig:
+    """E4B's architecture, small: the 5:1 pattern three times, the last six of 18 layers sharing K and V."""
+    return Gemma4TextConfig(
+        vocab_size=VOCAB_SIZE,
+        vocab_size_per_layer_input=VOCAB_SIZE,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=18,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        global_head_dim=128,
+        hidden_size_per_layer_input=32,
+        sliding_window=64,
+        num_kv_shared_layers=6,
+        max_position_embeddings=2048,
+        final_logit_softcapping=30.0,
+        tie_word_embeddings=True,
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+        pad_token_id=0,
+        dtype="float32",
+    )
+
+
+def make_model(seed: int) -> Gemma4ForCausalLM:
+    torch.manual_seed(seed)
+    model = Gemma4ForCausalLM._from_config(make_config(), attn_implementation="sdpa", dtype=torch.float32)
+    for layer in model.model.layers:
+        # A buffer in `transformers`, which does not train it; E4B's are trained, and far from 1.
+        del layer.layer_scalar
+        layer.layer_scalar = torch.nn.Parameter(torch.full((1,), 0.9))
+    return model
+
+
+def windows(stream: torch.Tensor, count: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    """[count, length] token ids, each a BOS and `length` - 1 tokens from a random place of the stream."""
+    starts = torch.randint(len(stream) - length + 2, (count, 1), generator=generator)
+    pieces = stream[starts + torch.arange(length - 1)]
+    return torch.cat([torch.full((count, 1), BOS_ID), pieces], dim=1)
+
+
+def loss_of(model: Gemma4ForCausalLM, ids: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction=reduction)
+
+
+@torch.no_grad()
+def bits_per_byte(model: Gemma4ForCausalLM, tokenizer: Tokenizer, text: str, length: int, max_windows: int) -> float:
+    """Bits a byte of `text`, read in consecutive windows of `length` tokens, each beginning with BOS."""
+    ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)
+    pieces = ids.split(length - 1)[:max_windows]
+    nats = sum(float(loss_of(model, F.pad(piece, (1, 0), value=BOS_ID)[None], "sum")) for piece in pieces)
+    # Byte tokens may cut a character in two between windows, so the bytes are those of the whole stretch.
+    nbytes = len(tokenizer.decode(torch.cat(pieces).tolist()).encode())
+    return nats / math.log(2) / nbytes
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over 50 steps, then a cosine down to a twentieth of the peak."""
+    warm = min(1.0, (step + 1) / 50)
+    return peak * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, tokenizer and texts")
+    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps of 4096 tokens")
+    parser.add_argument("--long-steps", type=int, default=150, help="of these, the last ones on windows of 2048 tokens")
+    parser.add_argument("--peak-lr", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+
+    training, eval_text, calibration_text = read_sources()
+    tokenizer = train_tokenizer(training)
+    nbytes = sum(len(text.encode()) for text in training)
+    ids = [token for text in training for token in [*tokenizer.encode(text, add_special_tokens=False).ids, EOS_ID]]
+    stream = torch.tensor(ids)
+    print(f"{len(training)} files, {nbytes:,} bytes, {len(stream):,} tokens", flush=True)
+
+    model = make_model(arguments.seed)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=arguments.peak_lr,
+        betas=(0.9, 0.95),
+    )
+    compiled = torch.compile(loss_of, dynamic=False)
+    generator = torch.Generator().manual_seed(arguments.seed)
+    start, smooth = time.monotonic(), None
+    for step in range(arguments.steps):
+        length = 2048 if step >= arguments.steps - arguments.long_steps else 512
+        batch = windows(stream, STEP_TOKENS // length, length, generator)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, arguments.steps, arguments.peak_lr)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = compiled(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        smooth = loss.item() if smooth is None else 0.95 * smooth + 0.05 * loss.item()
+        if step % 10 == 0 or step == arguments.steps - 1:
+            print(f"step {step} loss {smooth:.4f} {time.monotonic() - start:.0f} s", flush=True)
+
+    for layer in model.model.layers:
+        trained = layer.layer_scalar.detach()
+        del layer.layer_scalar
+        layer.layer_scalar = torch.nn.Buffer(trained)
+    model = model.to(torch.bfloat16).eval()
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(arguments.out)
+    tokenizer.save(str(arguments.out / "tokenizer.json"))
+    special = dict(zip(["pad_token", "eos_token", "bos_token", "unk_token", "mask_token"], SPECIAL_TOKENS, strict=True))
+    names = {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True, "add_eos_token": False, **special}
+    (arguments.out / "tokenizer_config.json").write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")
+    (arguments.out / "eval.txt").write_text(eval_text, encoding="utf-8", newline="\n")
+    (arguments.out / "calibration.txt").write_text(calibration_text, encoding="utf-8", newline="\n")
+
+    fp32 = model.float()
+    facts = {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "seed": arguments.seed,
+        "steps": arguments.steps,
+        "training_tokens": arguments.steps * STEP_TOKENS,
+        "corpus_files": len(training),
+        "corpus_nbytes": nbytes,
+        "corpus_tokens": len(stream),
+        "training_s": round(time.monotonic() - start),
+        "last_training_loss": round(smooth or 0.0, 4),
+        "bits_per_byte_512": round(bits_per_byte(fp32, tokenizer, eval_text, 512, 64), 4),
+        "bits_per_byte_2048": round(bits_per_byte(fp32, tokenizer, eval_text, 2048, 16), 4),
+    }
+    (arguments.out / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(facts, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""What each policy's scheme does to the weights of each tensor class, and how long that takes."""
+
+import json
+import math
+from functools import cache, partial
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+import pytest
+import torch
+
+from epic_quant.gemma4.config import TextConfig
+from epic_quant.gemma4.tensors import TensorClass, expected_tensors
+from epic_quant.metrics import decibels, kurtosis, relative, relative_l2, squared_norm, squared_output_norm
+from epic_quant.quant import lloyd_max_rel_l2, quantizer
+
+SEED = 0
+
+# Timed on at most this many weights of one tensor: enough to leave the caches, little enough to repeat.
+TIMED_WEIGHTS = 2**24
+
+
+@pytest.fixture(scope="session")
+def class_tensors(run):
+    """The live tensors of a class: their canonical names and the weights whose error is taken."""
+
+    def tensors(tensor_class):
+        for tensor in run.tensors_of(tensor_class):
+            yield tensor.name, run.sample(tensor)
+
+    return tensors
+
+
+@pytest.fixture(scope="session")
+def errors(class_tensors, moments_for):
+    """Error and bytes of a class under a scheme, found once for all policies that agree on it."""
+    found = {}
+
+    def measure(spec, tensor_class):
+        if (spec, tensor_class) not in found:
+            found[spec, tensor_class] = _measure(quantizer(spec), class_tensors(tensor_class), moments_for(spec))
+        return found[spec, tensor_class]
+
+    return measure
+
+
+def _measure(scheme, tensors, moments):
+    error = norm = nbytes = weights = 0
+    by_tensor = {}
+    for name, weight in tensors:
+        quantized = scheme.quantize(weight, moments.get(name))
+        tensor_error = squared_norm(quantized.dequantize() - weight.float())
+        tensor_norm = squared_norm(weight)
+        by_tensor[name] = relative(tensor_error, tensor_norm)
+        error, norm = error + tensor_error, norm + tensor_norm
+        nbytes, weights = nbytes + quantized.nbytes, weights + weight.numel()
+    metrics = {"rel_l2": relative(error, norm), "bits_per_weight": 8 * nbytes / weights, "nbytes": nbytes}
+    return metrics, {"tensors": by_tensor}
+
+
+@pytest.fixture
+def timed_weight(class_tensors, tensor_class):
+    """The class's first tensor, or as many of its rows as are timed, and its name."""
+    name, weight = next(iter(class_tensors(TensorClass(tensor_class))))
+    return name, weight[: max(1, TIMED_WEIGHTS // weight.shape[1])].contiguous()
+
+
+@pytest.mark.parametrize("op", ["quantize", "dequantize"])
+def test_weights(op, policy, tensor_class, errors, moments_for, timed_weight, record, benchmark):
+    """Relative L2 over every tensor of the class in every layer; then one tensor's conversion is timed."""
+    spec = policy.specs[TensorClass(tensor_class)]
+    metrics, details = errors(spec, TensorClass(tensor_class))
+    assert math.isfinite(metrics["rel_l2"])
+    name, weight = timed_weight
+    # What either way must move at the least, told in bf16 so that schemes compare.
+    metrics = metrics | {"bytes_read": weight.nbytes}
+    labels = {"policy": policy.name, "tensor_class": tensor_class, "spec": spec, "op": op}
+    record("weights", labels, metrics, details if op == "quantize" else {})
+    scheme = quantizer(spec)
+    timed = partial(scheme.quantize, weight, moments_for(spec).get(name))
+    if op == "dequantize":
+        timed = partial(timed().dequantize, torch.bfloat16)
+    benchmark.pedantic(timed, rounds=3, warmup_rounds=1)
+
+
+# The ladder: the original's schemes, and what the same bits can do, from ternary up.
+LADDER = (
+    "absmax-ternary",
+    "ternary",
+    "ternary+had256",
+    "int2-g128",
+    "codebook2+had256",
+    "codebook2+had256+gptq",
+    "absmax3-packed",
+    "int3-g128",
+    "int3-g128+gptq",
+    "codebook3+had256",
+    "codebook3+had256+gptq",
+    "absmax4",
+    "int4",
+    "int4-g128",
+    "int4-g128+gptq",
+    "int4-g32",
+    "codebook4+had256",
+    "codebook4+had256+gptq",
+    "int5-g128",
+    "int6-g128",
+    "int8-g128",
+)
+# What a linear layer multiplies; the two tables are looked up, so they have no moments.
+MULTIPLIED = tuple(part for part in TensorClass if part not in (TensorClass.PLE_TABLE, TensorClass.EMBEDDING))
+
+
+@pytest.fixture(scope="session")
+def evaluation_moments(run, tmp_path_factory):
+    """What the output error is judged with."""
+    return run.evaluation_moments(tmp_path_factory.mktemp("moments"))
+
+
+@pytest.fixture(scope="session")
+def shapes_of(class_tensors):
+    """How far a class's weights are from Gaussian: the mean over its tensors of kurtosis and of absmax / std."""
+
+    @cache
+    def measure(tensor_class):
+        weights = [weight.float() for _, weight in class_tensors(tensor_class)]
+        peaks = [float(weight.abs().max() / weight.std()) for weight in weights]
+        return {"kurtosis": mean(map(kurtosis, weights)), "absmax_over_std": mean(peaks)}
+
+    return measure
+
+
+E4B_CONFIG = Path(__file__).parent / "facts" / "gemma-4-E4B.config.json"
+E4B_WEIGHTS = sum(
+    math.prod(tensor.shape)
+    for tensor in expected_tensors(TextConfig.from_json(json.loads(E4B_CONFIG.read_text(encoding="utf-8"))))
+    if tensor.tensor_class in MULTIPLIED and not tensor.dead
+)
+
+
+def lloyd_max_gap_db(rel_l2, num_levels):
+    """None above 64 levels, where nobody looks for a better scalar quantizer, and finding the best one takes long."""
+    return decibels(rel_l2 / lloyd_max_rel_l2(num_levels)) if num_levels <= 64 else None
+
+
+def gaussian(shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(SEED)).bfloat16()
+
+
+@pytest.mark.parametrize("tensor_class", TensorClass)
+@pytest.mark.parametrize("spec", LADDER)
+def test_ladder(spec, tensor_class, class_tensors, shapes_of, moments_for, evaluation_moments, record, benchmark):
+    """One rung: error of the weights and of the output on real activations, and the distance to the limits."""
+    scheme = quantizer(spec)
+    if scheme.gptq and tensor_class not in MULTIPLIED:
+        pytest.skip("a table that is looked up has no inputs to fit to")
+    moments = moments_for(spec)
+    if scheme.gptq and not moments:
+        pytest.skip("no --moments given, and gathering them on a checkpoint over 1 GB is a run of its own")
+
+    evaluated = evaluation_moments is not None and tensor_class in MULTIPLIED
+    error = norm = output_error = output_norm = nbytes = weights = 0
+    for name, weight in class_tensors(tensor_class):
+        quantized = scheme.quantize(weight, moments.get(name))
+        decoded = quantized.dequantize()
+        error, norm = error + squared_norm(decoded - weight.float()), norm + squared_norm(weight)
+        nbytes, weights = nbytes + quantized.nbytes, weights + weight.numel()
+        if evaluated:
+            judged = evaluation_moments[name]
+            output_error += squared_output_norm(decoded - weight.float(), judged)
+            output_norm += squared_output_norm(weight, judged)
+
+    control = gaussian(weight.shape)
+    plain = quantizer(spec.removesuffix("+gptq"))
+    bits, rel_l2 = 8 * nbytes / weights, relative(error, norm)
+    metrics = {
+        "rel_l2": rel_l2,
+        "bits_per_weight": bits,
+        "nbytes": nbytes,
+        "output_rel_l2": relative(output_error, output_norm) if evaluated else None,
+        "gaussian_rel_l2": relative_l2(plain.quantize(control).dequantize(), control),
+        "shannon_gap_db": decibels(rel_l2 / 2**-bits),
+        "lloyd_max_gap_db": lloyd_max_gap_db(rel_l2, scheme.scheme.num_levels),
+        **shapes_of(tensor_class),
+        "bytes_read": weight.nbytes,
+    }
+    assert math.isfinite(rel_l2)
+    record("ladder", {"spec": spec, "tensor_class": tensor_class}, metrics)
+    benchmark.pedantic(scheme.quantize, (weight, moments.get(name)))
+
+
+# What each distribution's values are made of, seeded: [rows, cols] at unit variance.
+DISTRIBUTIONS = {
+    "Gaussian": lambda rng, shape: rng.standard_normal(shape),
+    "Laplace": lambda rng, shape: rng.laplace(size=shape),
+    "Student t, 5 degrees": lambda rng, shape: rng.standard_t(5, shape),
+}
+SYNTHETIC_SHAPE = (2048, 2560)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("spec", [spec for spec in LADDER if not quantizer(spec).gptq])
+def test_synthetic(spec, distribution, record, benchmark):
+    """A scheme on synthetic weights of known distribution, and how fast it quantizes them."""
+    values = DISTRIBUTIONS[distribution](np.random.default_rng(SEED), SYNTHETIC_SHAPE)
+    weight, scheme = torch.from_numpy(values).bfloat16(), quantizer(spec)
+    quantized = scheme.quantize(weight)
+    metrics = {
+        "rel_l2": relative_l2(quantized.dequantize(), weight),
+        "bits_per_weight": quantized.bits_per_weight,
+        "bytes_read": weight.nbytes,
+    }
+    record("synthetic", {"spec": spec, "distribution": distribution}, metrics, {"e4b_weights": E4B_WEIGHTS})
+    benchmark.pedantic(scheme.quantize, (weight,), rounds=3)

@@ -1,0 +1,40 @@
+"""Measure how to compress a Gemma 4 checkpoint: what its weights cost, and what each policy does to them.
+
+Names are loaded when first used (PEP 562), so that a report or `--help` never imports torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from epic_quant.checkpoint import Checkpoint
+    from epic_quant.gemma4.model import TextModel
+    from epic_quant.metrics import relative_l2
+    from epic_quant.policy import Policy
+    from epic_quant.quant import QuantizedTensor, linear, quantizer
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Checkpoint": "epic_quant.checkpoint",
+    "Policy": "epic_quant.policy",
+    "QuantizedTensor": "epic_quant.quant",
+    "TextModel": "epic_quant.gemma4.model",
+    "linear": "epic_quant.quant",
+    "quantizer": "epic_quant.quant",
+    "relative_l2": "epic_quant.metrics",
+}
+
+__all__ = ["Checkpoint", "Policy", "QuantizedTensor", "TextModel", "linear", "quantizer", "relative_l2"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

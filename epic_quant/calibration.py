@@ -1,0 +1,208 @@
+"""Second moments of every linear layer's inputs, gathered in one streamed pass over a text and kept in a file.
+
+They are what error feedback (`+gptq`) fits a weight to; gathered on the evaluation text they give, exactly, the output
+error that a quantized weight makes on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from epic_quant import __version__
+from epic_quant.checkpoint import Checkpoint
+from epic_quant.errors import CheckpointError, EpicQuantError
+from epic_quant.gemma4.block import plain_linear
+from epic_quant.gemma4.config import TextConfig
+from epic_quant.gemma4.model import begin
+from epic_quant.gemma4.weights import CheckpointWeights
+from epic_quant.quant import Weight
+from epic_quant.text import token_windows
+
+# Weights that multiply the same input: the moments stand in the file once, under the second name.
+_SHARED_INPUTS = {
+    "self_attn.k_proj": "self_attn.q_proj",
+    "self_attn.v_proj": "self_attn.q_proj",
+    "mlp.up_proj": "mlp.gate_proj",
+}
+_MODEL_PROJECTION = "per_layer_model_projection.weight"
+
+
+_EXAMPLES = """examples:
+  python -m epic_quant.calibration path/to/gemma-4-E4B --text calibration.txt --out moments.safetensors
+  pytest benchmarks --checkpoint path/to/gemma-4-E4B --moments moments.safetensors --benchmark-json out.json
+
+exit status: 0, or 2 where the checkpoint or the text cannot be read."""
+
+
+class Moments(Mapping[str, Tensor]):
+    """A file of second moments: canonical tensor name to fp32 [cols, cols], the mean of x xᵀ over the inputs x.
+
+    Read lazily. Raises CheckpointError where the file is not there, is none of ours, or is of another checkpoint.
+    """
+
+    def __init__(self, path: Path, checkpoint: Checkpoint) -> None:
+        try:
+            self._file = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: not a file of moments: {error}") from error
+        facts = self._file.metadata() or {}
+        if "text_sha256" not in facts or "checkpoint" not in facts:
+            raise CheckpointError(f"{path}: not a file of moments: it names no checkpoint and no text")
+        if facts["checkpoint"] != checkpoint.fingerprint:
+            raise CheckpointError(
+                f"{path}: moments of checkpoint {facts['checkpoint']}, "
+                f"but {checkpoint.source} is {checkpoint.fingerprint}"
+            )
+        self.text_sha256 = facts["text_sha256"]
+        self.num_tokens = int(facts["num_tokens"])
+        self._stored = set(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        stored = _stored_name(name)
+        if stored not in self._stored:
+            raise KeyError(name)
+        moments: Tensor = self._file.get_tensor(stored)
+        return moments
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and _stored_name(name) in self._stored
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._stored))
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+def gather(checkpoint: Checkpoint, text: Path, windows: Tensor, path: Path, *, progress: bool = False) -> Moments:
+    """Run `windows` [n, tokens] of `text` through the checkpoint in fp32, a layer at a time, and write their moments.
+
+    Only one layer's moments are held at a time. The file takes 4 bytes times the square of the columns of each distinct
+    input: 21 GB for E4B's shapes. It is written beside its place and renamed.
+    """
+    weights = CheckpointWeights(checkpoint)
+    sizes = _stored_sizes(weights)
+    facts = {
+        "checkpoint": checkpoint.fingerprint,
+        "text_sha256": hashlib.sha256(text.read_bytes()).hexdigest(),
+        "num_tokens": str(windows.numel()),
+    }
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(_header(sizes, facts))
+            for moments in tqdm(_streamed(weights, windows), total=len(sizes), unit="tensor", disable=not progress):
+                file.write(moments.numpy().tobytes())
+        unfinished.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: the moments cannot be written: {error}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return Moments(path, checkpoint)
+
+
+def _stored_name(name: str) -> str:
+    for own, shared in _SHARED_INPUTS.items():
+        name = name.replace(own, shared)
+    return name
+
+
+def _stored_sizes(weights: CheckpointWeights) -> dict[str, int]:
+    """The file's tensors in their order, with the columns of each: the model projection, then layer by layer."""
+    matrices = [t for t in weights.tensors.values() if len(t.shape) == 2 and not t.dead]
+    layers = {t.name: t.shape[1] for t in matrices if t.layer is not None and _stored_name(t.name) == t.name}
+    globals_ = {t.name: t.shape[1] for t in matrices if t.name == _MODEL_PROJECTION}
+    return globals_ | layers
+
+
+def _header(sizes: Mapping[str, int], facts: Mapping[str, str]) -> bytes:
+    """A safetensors header written before its tensors are there, since together they may not fit in RAM."""
+    header: dict[str, object] = {"__metadata__": facts}
+    end = 0
+    for name, cols in sizes.items():
+        begin_, end = end, end + 4 * cols * cols
+        header[name] = {"dtype": "F32", "shape": [cols, cols], "data_offsets": [begin_, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+@torch.inference_mode()
+def _streamed(weights: CheckpointWeights, windows: Tensor) -> Iterator[Tensor]:
+    """The moments in the order of `_stored_sizes`, each fp32 [cols, cols]."""
+    runs = [begin(weights, window[None]) for window in windows]
+    hidden, forwards = [run[0] for run in runs], [run[1] for run in runs]
+    tokens = windows.numel()
+    if weights.config.ple_dim:
+        yield sum(_outer(x) for x in hidden) / tokens  # type: ignore[misc]
+    names = list(_stored_sizes(weights))
+    for spec in weights.config.layers:
+        layer = weights.layer(spec.index)
+        sums: dict[str, Tensor] = {}
+
+        def observe(
+            x: Tensor, weight: Weight, name: str, index: int = spec.index, sums: dict[str, Tensor] = sums
+        ) -> Tensor:
+            full_name = f"layers.{index}.{name}"
+            if _stored_name(full_name) == full_name:
+                sums[full_name] = sums[full_name] + _outer(x) if full_name in sums else _outer(x)
+            return plain_linear(x, weight)
+
+        hidden = [forward.layer(x, layer, spec, observe) for x, forward in zip(hidden, forwards, strict=True)]
+        for name in names:
+            if name in sums:
+                yield sums[name] / tokens
+
+
+def _outer(x: Tensor) -> Tensor:
+    """The sum of x xᵀ over all but the last dim: [..., cols] -> [cols, cols]."""
+    flat = x.flatten(0, -2)
+    return flat.T @ flat
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m epic_quant.calibration",
+        description="Gather the second moments of every linear layer's inputs, for specs with +gptq.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", help="a .safetensors file, a folder, or a hub id in the local cache")
+    parser.add_argument(
+        "--text", type=Path, required=True, metavar="FILE", help="calibration text, never the one judged on"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file of moments to write")
+    parser.add_argument("--windows", type=int, default=32, metavar="N", help="windows of the text (32)")
+    parser.add_argument("--window-tokens", type=int, default=512, metavar="N", help="tokens of each (512)")
+    parser.add_argument("--config", metavar="FILE", help="config.json, where it is not beside the checkpoint")
+    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json, where it is not beside the checkpoint")
+    parser.add_argument("--version", action="version", version=f"epic_quant {__version__}")
+    options = parser.parse_args(arguments)
+    try:
+        with Checkpoint.open(options.source, config=options.config, tokenizer=options.tokenizer) as checkpoint:
+            windows = token_windows(checkpoint, options.text, options.windows, options.window_tokens)
+            sizes = _stored_sizes(CheckpointWeights(checkpoint))
+            nbytes = 4 * sum(cols * cols for cols in sizes.values())
+            layers = TextConfig.read(checkpoint).num_layers
+            print(f"{windows.numel():,} tokens through {layers} layers; {options.out} takes {nbytes / 1e9:,.2f} GB")
+            gather(checkpoint, options.text, windows, options.out, progress=True)
+    except EpicQuantError as error:
+        print(f"epic_quant: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Every exception a user can meet. Each carries one line that names the thing and what was expected."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+_MOST_LISTED = 40
+
+
+class EpicQuantError(Exception):
+    """The base of all of them; a command line prints its text and exits with status 2."""
+
+
+class CheckpointError(EpicQuantError):
+    """A checkpoint that is not there, is damaged, or lacks a tensor."""
+
+
+class ConfigError(EpicQuantError):
+    """A config that is not Gemma 4's, or that disagrees with the shapes in the file."""
+
+
+class SpecError(EpicQuantError):
+    """An unknown policy, tensor class, scheme or option of one."""
+
+
+class QuantizationError(EpicQuantError):
+    """A weight that cannot be quantized as asked: NaN, infinity, or a group that does not divide the row."""
+
+
+class TokenError(EpicQuantError):
+    """Token ids that are out of range or no integers, a text too short, or a tokenizer that does not fit."""
+
+
+class ReportError(EpicQuantError):
+    """A JSON file that is no run of ours, is of a newer schema, or holds nothing to report."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """One line saying that `name` is no `kind`, with the near ones; with all, or the first few, where none is near."""
+    choices = sorted(known)
+    near = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
+    listed = choices if len(choices) <= _MOST_LISTED else [*choices[:_MOST_LISTED], "…"]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(listed)}"
+    return f"unknown {kind} {name!r}; {hint}"

@@ -1,0 +1,125 @@
+"""One decoder layer of Gemma 4.
+
+In comments B is batch, S tokens of this forward, K keys attended to, H hidden_size, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from epic_quant.gemma4.config import LayerSpec, TextConfig
+from epic_quant.gemma4.kv_store import ForwardKV
+from epic_quant.gemma4.rope import RopeTable, rotate
+from epic_quant.quant import Weight, linear
+
+# Computes x @ weight.T, as `quant.linear` does; is also told the weight's name inside the layer.
+Linear = Callable[[Tensor, Weight, str], Tensor]
+
+
+def plain_linear(x: Tensor, weight: Weight, name: str = "") -> Tensor:
+    """The `Linear` of an ordinary forward: `quant.linear`, whatever the name."""
+    return linear(x, weight)
+
+
+def decoder_block(
+    hidden: Tensor,
+    weights: Mapping[str, Weight],
+    spec: LayerSpec,
+    *,
+    config: TextConfig,
+    ple: Tensor | None,
+    rope: RopeTable,
+    blocked: Tensor,
+    kv: ForwardKV,
+    apply: Linear = plain_linear,
+) -> Tensor:
+    """One layer: hidden [B, S, H] -> [B, S, H], in the dtype of `hidden`; plain weights are cast to it.
+
+    `weights` are keyed by their name inside the layer; `ple` [B, S, ple_dim] is this layer's slice of the per-layer
+    inputs (None where the model has none); `rope` is the table of the S tokens for this layer's type; `blocked` is
+    `model.attention_masks`' bool [S, all tokens so far] for it. An owner's K and V go through `kv`, a sharing layer
+    takes its source's from there, so that layer must have run before. `apply` is called for every matrix; give
+    another one to see its inputs.
+
+    The formula is `Gemma4TextDecoderLayer` of `transformers`: norms and softmax in fp32 whatever the dtype.
+    """
+    layer = _Layer(weights, config.rms_norm_eps, apply)
+    x = layer.norm(hidden, "input_layernorm")
+    x = _attention(x, layer, spec, rope, blocked, kv)
+    hidden = hidden + layer.norm(x, "post_attention_layernorm")
+
+    x = layer.norm(hidden, "pre_feedforward_layernorm")
+    x = _mlp(x, layer)
+    hidden = hidden + layer.norm(x, "post_feedforward_layernorm")
+
+    if ple is not None:
+        x = _per_layer_input(hidden, layer, ple)
+        hidden = hidden + layer.norm(x, "post_per_layer_input_norm")
+    scalar = weights["layer_scalar"]
+    assert isinstance(scalar, Tensor)
+    return hidden * scalar.to(hidden.dtype)
+
+
+def rms_norm(x: Tensor, weight: Weight | None, eps: float) -> Tensor:
+    """Divide x by the root mean square of its last dim, times the weight itself (not 1 + weight); fp32, cast back."""
+    normed = x.float()
+    normed = normed * torch.pow(normed.pow(2).mean(-1, keepdim=True) + eps, -0.5)
+    if weight is not None:
+        assert isinstance(weight, Tensor), "norms are in no tensor class, so no policy quantizes them"
+        # By way of the dtype of x, to which a loaded model's weight would have been cast.
+        normed = normed * weight.to(x.dtype).float()
+    return normed.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer's weights by name, with what is done to them."""
+
+    weights: Mapping[str, Weight]
+    eps: float
+    apply: Linear
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        return self.apply(x, self.weights[f"{name}.weight"], f"{name}.weight")
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        return rms_norm(x, self.weights[f"{name}.weight"], self.eps)
+
+
+def _attention(x: Tensor, layer: _Layer, spec: LayerSpec, rope: RopeTable, blocked: Tensor, kv: ForwardKV) -> Tensor:
+    batch, tokens, _ = x.shape
+
+    def heads(name: str, count: int) -> Tensor:  # [B, count, S, D]
+        return layer.linear(x, name).view(batch, tokens, count, spec.head_dim).transpose(1, 2)
+
+    q = rotate(layer.norm(heads("self_attn.q_proj", spec.num_heads), "self_attn.q_norm"), rope)
+    if spec.owns_kv:
+        k = rotate(layer.norm(heads("self_attn.k_proj", spec.num_kv_heads), "self_attn.k_norm"), rope)
+        v = rms_norm(heads("self_attn.v_proj", spec.num_kv_heads), None, layer.eps)
+        k, v = kv.write(spec, k, v)  # [B, num_kv_heads, K, D]
+    else:
+        k, v = kv.read(spec)
+
+    # Query heads that read one KV head stand together, so a group is one longer matrix and K need not be repeated.
+    q = q.reshape(batch, spec.num_kv_heads, -1, spec.head_dim)  # [B, num_kv_heads, group * S, D]
+    scores = (q @ k.mT).view(batch, spec.num_heads, tokens, -1)  # [B, num_heads, S, K]; the scale is 1
+    scores = scores.masked_fill(blocked[:, -k.shape[-2] :], -torch.inf)  # the K newest
+    shares = scores.softmax(dim=-1, dtype=torch.float32).to(x.dtype)
+    mixed = shares.view(batch, spec.num_kv_heads, -1, k.shape[-2]) @ v  # [B, num_kv_heads, group * S, D]
+    mixed = mixed.view(batch, spec.num_heads, tokens, spec.head_dim).transpose(1, 2).flatten(2)
+    return layer.linear(mixed, "self_attn.o_proj")
+
+
+def _mlp(x: Tensor, layer: _Layer) -> Tensor:
+    gate = functional.gelu(layer.linear(x, "mlp.gate_proj"), approximate="tanh")
+    return layer.linear(gate * layer.linear(x, "mlp.up_proj"), "mlp.down_proj")
+
+
+def _per_layer_input(hidden: Tensor, layer: _Layer, ple: Tensor) -> Tensor:
+    gate = functional.gelu(layer.linear(hidden, "per_layer_input_gate"), approximate="tanh")  # [B, S, ple_dim]
+    return layer.linear(gate * ple, "per_layer_projection")

@@ -1,0 +1,119 @@
+"""The tensors of the text model: their canonical names, classes and shapes, and where a file has them.
+
+A canonical name carries no prefix: `layers.0.self_attn.q_proj.weight`, `embed_tokens.weight`, `norm.weight`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from epic_quant.checkpoint import Checkpoint
+from epic_quant.errors import CheckpointError, ConfigError
+from epic_quant.gemma4.config import LayerSpec, TextConfig
+
+
+class TensorClass(StrEnum):
+    """What a policy gives one scheme to. Every text tensor of two dims is in exactly one class."""
+
+    SLIDING_ATTENTION = "sliding_attention"
+    FULL_ATTENTION = "full_attention"
+    MLP = "mlp"
+    PLE_PROJECTIONS = "ple_projections"
+    PLE_MODEL_PROJECTION = "ple_model_projection"
+    PLE_TABLE = "ple_table"
+    EMBEDDING = "embedding"
+
+
+@dataclass(frozen=True)
+class TextTensor:
+    """A tensor that the config says the text model has."""
+
+    name: str  # canonical
+    layer: int | None  # None for a global
+    tensor_class: TensorClass | None  # None for norms and scalars, which stay as they are
+    shape: tuple[int, ...]
+    dead: bool = False  # K and V weights of a layer that reads another's: never used, and not in every file
+
+    @property
+    def local_name(self) -> str:
+        """The name inside its layer (`self_attn.q_proj.weight`); a global's whole name."""
+        return self.name if self.layer is None else self.name.removeprefix(f"layers.{self.layer}.")
+
+
+def expected_tensors(config: TextConfig) -> tuple[TextTensor, ...]:
+    """All tensors of the text model, from the config alone: globals first, then layer by layer, dead ones included."""
+    return (*_globals(config), *(tensor for spec in config.layers for tensor in _layer(config, spec)))
+
+
+def text_tensors(checkpoint: Checkpoint, config: TextConfig) -> Mapping[str, str]:
+    """The text model's tensors in a file: canonical name to the name in the file, dead ones only where it has them.
+
+    Other tensors (vision and audio towers) are not text and are left out. Raises CheckpointError where a tensor is
+    missing or is there twice, and ConfigError where one has another shape than the config says, or belongs to a layer
+    that the config does not have.
+    """
+    expected = {tensor.name: tensor for tensor in expected_tensors(config)}
+    found: dict[str, str] = {}
+    for file_name in checkpoint.names:
+        name = _PREFIX.sub("", file_name)
+        if name in found:
+            raise CheckpointError(f"{checkpoint.source}: {found[name]} and {file_name} are the same tensor")
+        if name in expected:
+            found[name] = file_name
+        elif name.startswith("layers."):
+            raise ConfigError(f"{checkpoint.source}: the config has no tensor {name}, but the file has {file_name}")
+    for name, tensor in expected.items():
+        if name not in found:
+            if not tensor.dead:
+                raise CheckpointError(f"{checkpoint.source}: no tensor {name}")
+        elif (shape := tuple(checkpoint.shape(found[name]))) != tensor.shape:
+            raise ConfigError(
+                f"{checkpoint.source}: {found[name]} is {list(shape)}, but the config makes it {list(tensor.shape)}"
+            )
+    return found
+
+
+# The multimodal class writes `model.language_model.layers…`, the text-only one `model.layers…`; others have neither.
+_PREFIX = re.compile(r"^(model\.|language_model\.)*")
+
+
+def _globals(config: TextConfig) -> Iterator[TextTensor]:
+    hidden, packed = config.hidden_size, config.num_layers * config.ple_dim
+    yield TextTensor("embed_tokens.weight", None, TensorClass.EMBEDDING, (config.vocab_size, hidden))
+    if config.ple_dim:
+        table = (config.ple_vocab_size, packed)
+        yield TextTensor("embed_tokens_per_layer.weight", None, TensorClass.PLE_TABLE, table)
+        yield TextTensor("per_layer_model_projection.weight", None, TensorClass.PLE_MODEL_PROJECTION, (packed, hidden))
+        yield TextTensor("per_layer_projection_norm.weight", None, None, (config.ple_dim,))
+    yield TextTensor("norm.weight", None, None, (hidden,))
+
+
+def _layer(config: TextConfig, spec: LayerSpec) -> Iterator[TextTensor]:
+    hidden, wide, ple = config.hidden_size, spec.intermediate_size, config.ple_dim
+    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    attention = TensorClass(spec.layer_type)
+
+    def tensor(name: str, tensor_class: TensorClass | None, *shape: int, dead: bool = False) -> TextTensor:
+        return TextTensor(f"layers.{spec.index}.{name}", spec.index, tensor_class, shape, dead)
+
+    yield tensor("input_layernorm.weight", None, hidden)
+    yield tensor("self_attn.q_proj.weight", attention, q, hidden)
+    yield tensor("self_attn.k_proj.weight", attention, kv, hidden, dead=not spec.owns_kv)
+    yield tensor("self_attn.v_proj.weight", attention, kv, hidden, dead=not spec.owns_kv)
+    yield tensor("self_attn.o_proj.weight", attention, hidden, q)
+    yield tensor("self_attn.q_norm.weight", None, spec.head_dim)
+    yield tensor("self_attn.k_norm.weight", None, spec.head_dim, dead=not spec.owns_kv)
+    yield tensor("post_attention_layernorm.weight", None, hidden)
+    yield tensor("pre_feedforward_layernorm.weight", None, hidden)
+    yield tensor("mlp.gate_proj.weight", TensorClass.MLP, wide, hidden)
+    yield tensor("mlp.up_proj.weight", TensorClass.MLP, wide, hidden)
+    yield tensor("mlp.down_proj.weight", TensorClass.MLP, hidden, wide)
+    yield tensor("post_feedforward_layernorm.weight", None, hidden)
+    if ple:
+        yield tensor("per_layer_input_gate.weight", TensorClass.PLE_PROJECTIONS, ple, hidden)
+        yield tensor("per_layer_projection.weight", TensorClass.PLE_PROJECTIONS, hidden, ple)
+        yield tensor("post_per_layer_input_norm.weight", None, hidden)
+    yield tensor("layer_scalar", None, 1)

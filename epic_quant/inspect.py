@@ -1,0 +1,123 @@
+"""`python -m epic_quant.inspect SOURCE`: what is in this checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+
+from tabulate import tabulate
+
+from epic_quant import __version__
+from epic_quant.checkpoint import Checkpoint
+from epic_quant.errors import EpicQuantError
+from epic_quant.gemma4.config import TextConfig
+from epic_quant.gemma4.tensors import TextTensor, expected_tensors, text_tensors
+
+_EXAMPLES = """examples:
+  python -m epic_quant.inspect benchmarks/mini_gemma4
+  python -m epic_quant.inspect model.safetensors --config config.json --tensors
+
+exit status: 0, or 2 where the checkpoint cannot be read."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m epic_quant.inspect",
+        description="Print what a Gemma 4 checkpoint holds.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", help="a .safetensors file, a folder, or a hub id in the local cache")
+    parser.add_argument("--config", metavar="FILE", help="config.json, where it is not beside the checkpoint")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor")
+    parser.add_argument("--download", action="store_true", help="download a hub id that is not in the local cache")
+    parser.add_argument("--version", action="version", version=f"epic_quant {__version__}")
+    options = parser.parse_args(arguments)
+    try:
+        with Checkpoint.open(options.source, config=options.config, download=options.download) as checkpoint:
+            print("\n".join(describe(checkpoint, list_tensors=options.tensors)))
+    except EpicQuantError as error:
+        print(f"epic_quant: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def describe(checkpoint: Checkpoint, *, list_tensors: bool = False) -> Iterator[str]:
+    """The lines of the page. Raises CheckpointError or ConfigError where config and file do not fit."""
+    config = TextConfig.read(checkpoint)
+    expected = {tensor.name: tensor for tensor in expected_tensors(config)}
+    tensors = {file_name: expected[name] for name, file_name in text_tensors(checkpoint, config).items()}
+    total = sum(checkpoint.nbytes(name) for name in checkpoint.names)
+
+    yield f"{checkpoint.source}"
+    yield f"{len(checkpoint.names)} tensors, {total:,} bytes, fingerprint {checkpoint.fingerprint}"
+    yield ""
+    yield _parts_table(checkpoint, tensors, total)
+    yield ""
+    yield from _layers(config)
+    if list_tensors:
+        yield ""
+        rows = [
+            [name, _part(tensors.get(name)), "x".join(map(str, checkpoint.shape(name))), checkpoint.nbytes(name)]
+            for name in checkpoint.names
+        ]
+        yield tabulate(rows, headers=["tensor", "class", "shape", "bytes"], intfmt=",")
+
+
+def _part(tensor: TextTensor | None) -> str:
+    """The line of the table that a tensor is counted in."""
+    if tensor is None:
+        return "not text"
+    if tensor.dead:
+        return "dead"
+    return "norms and scalars" if tensor.tensor_class is None else tensor.tensor_class.value
+
+
+def _parts_table(checkpoint: Checkpoint, tensors: dict[str, TextTensor], total: int) -> str:
+    members: dict[str, list[str]] = defaultdict(list)
+    for name in checkpoint.names:
+        members[_part(tensors.get(name))].append(name)
+    rows = []
+    for part, names in sorted(members.items(), key=lambda item: -sum(map(checkpoint.nbytes, item[1]))):
+        nbytes = sum(map(checkpoint.nbytes, names))
+        dtypes = sorted({str(checkpoint.dtype(name)).removeprefix("torch.") for name in names})
+        rows.append([part, len(names), nbytes, f"{nbytes / total:.1%}", " ".join(dtypes)])
+    headers = ["part", "tensors", "bytes", "share", "dtype"]
+    return tabulate(rows, headers=headers, intfmt=",", colalign=("left", "right", "right", "right", "left"))
+
+
+def _layers(config: TextConfig) -> Iterator[str]:
+    """Layer types, and who owns and who shares K and V."""
+    for layer_type in sorted({layer.layer_type for layer in config.layers}, reverse=True):
+        layers = [layer for layer in config.layers if layer.layer_type == layer_type]
+        first = layers[0]
+        window = "" if first.sliding_window is None else f", window {first.sliding_window}"
+        owners = [layer.index for layer in layers if layer.owns_kv]
+        sharers = [layer.index for layer in layers if not layer.owns_kv]
+        yield (
+            f"{layer_type}: {len(layers)} layers, {first.num_heads} query and {first.num_kv_heads} KV heads "
+            f"of {first.head_dim}{window}"
+        )
+        yield f"  layers {_ranges([layer.index for layer in layers])}"
+        yield f"  K and V owned by {_ranges(owners)}"
+        if sharers:
+            sources = sorted({layer.kv_source for layer in layers if not layer.owns_kv})
+            yield f"  shared by {_ranges(sharers)}, which read layer {_ranges(sources)}'s"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Sorted whole numbers as `0-4, 6, 8-9`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

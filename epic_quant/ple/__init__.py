@@ -1,0 +1,7 @@
+"""The per-layer-embedding (PLE) table, of which only some rows stay in RAM."""
+
+from epic_quant.ple.cache import CacheStats, PLERowCache
+from epic_quant.ple.packing import pack_table
+from epic_quant.ple.policy import RESIDENCIES, PLEPolicy
+
+__all__ = ["RESIDENCIES", "CacheStats", "PLEPolicy", "PLERowCache", "pack_table"]

@@ -1,0 +1,338 @@
+"""The pytest glue: options, fixtures, run facts in the JSON, the table at the end of a run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+import shlex
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from epic_quant import __version__, machine
+from epic_quant.calibration import Moments, gather
+from epic_quant.checkpoint import Checkpoint
+from epic_quant.errors import EpicQuantError
+from epic_quant.gemma4.config import TextConfig
+from epic_quant.gemma4.tensors import TensorClass, TextTensor, expected_tensors, text_tensors
+from epic_quant.plan import plan
+from epic_quant.policy import NAMED, Policy
+from epic_quant.records import JSON_KEY, METRICS, SCHEMA_VERSION, Record
+from epic_quant.text import token_windows
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DEFAULT_CHECKPOINT = REPOSITORY / "benchmarks" / "mini_gemma4"
+SEED = 0
+
+# Above this size the error of a tensor is taken on a sample of its rows (`--rows`).
+LARGE_CHECKPOINT_NBYTES = 1_000_000_000
+_DEFAULT_SAMPLED_ROWS = 256
+
+# The text that moments are gathered from: enough that those of 512 columns have full rank many times over.
+MOMENT_WINDOWS, MOMENT_WINDOW_TOKENS = 16, 512
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise ValueError
+    return value
+
+
+def _rows(text: str) -> int | str:
+    return text if text == "all" else _positive(text)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The command line of the benchmarks."""
+    group = parser.getgroup("epic_quant", "what is measured")
+    group.addoption("--checkpoint", metavar="SOURCE", help="file, folder or hub id (default: the small trained model)")
+    group.addoption("--config", metavar="FILE", help="config.json, where it is not beside the checkpoint")
+    group.addoption("--tokenizer", metavar="FILE", help="tokenizer.json, where it is not beside the checkpoint")
+    group.addoption("--download", action="store_true", help="download a hub id that is not in the local cache")
+    group.addoption(
+        "--policy",
+        action="append",
+        default=[],
+        metavar="NAME_OR_STRING",
+        help="measure this policy (repeatable; default: all named ones), such as int4-g128 or mlp=int4,ple=lru:5000",
+    )
+    group.addoption("--context", type=_positive, default=8192, metavar="TOKENS", help="length that the KV cache holds")
+    group.addoption("--rows", type=_rows, metavar="N|all", help="rows of each tensor whose error is taken")
+    group.addoption("--text", type=Path, metavar="FILE", help="evaluation text (default: the small model's eval.txt)")
+    group.addoption(
+        "--calibration-text", type=Path, metavar="FILE", help="text that +gptq is fitted to, never judged on"
+    )
+    group.addoption("--moments", type=Path, metavar="FILE", help="moments that python -m epic_quant.calibration made")
+    group.addoption("--ple-trace", type=Path, metavar="FILE", help="text or .npy ids to judge the PLE row cache by")
+    group.addoption("--plan", action="store_true", help="say what would be measured and how long it takes, and stop")
+
+
+class Run:
+    """What one benchmark session measures: the checkpoint, its config and the policies."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.options = config.option
+        self.policies = {policy.name: policy for policy in map(Policy.parse, self.options.policy)}
+        if not self.policies:
+            self.policies = dict(NAMED)
+        # Everything is held against bf16, so it is always there.
+        self.policies = {"bf16": NAMED["bf16"]} | self.policies
+        source = self.options.checkpoint or DEFAULT_CHECKPOINT
+        self.is_default = Path(source).resolve() == DEFAULT_CHECKPOINT
+        self.checkpoint = Checkpoint.open(
+            source,
+            config=self.options.config,
+            tokenizer=self.options.tokenizer,
+            download=self.options.download,
+        )
+        self.config = TextConfig.read(self.checkpoint)
+        self._file_names = text_tensors(self.checkpoint, self.config)
+        self.nbytes = sum(self.checkpoint.nbytes(name) for name in self.checkpoint.names)
+
+    @property
+    def sampled_rows(self) -> int | None:
+        """Rows of each tensor whose error is taken; None for all of them."""
+        rows = self.options.rows
+        if rows is None:
+            return _DEFAULT_SAMPLED_ROWS if self.nbytes > LARGE_CHECKPOINT_NBYTES else None
+        return None if rows == "all" else rows
+
+    def tensors_of(self, tensor_class: TensorClass) -> list[TextTensor]:
+        """The class's live tensors, in the order of the layers."""
+        return [
+            tensor
+            for tensor in expected_tensors(self.config)
+            if tensor.tensor_class is tensor_class and not tensor.dead
+        ]
+
+    def sample(self, tensor: TextTensor) -> Tensor:
+        """The rows of a matrix whose error is taken: all, or a seeded sample that every scheme shares."""
+        name, rows = self._file_names[tensor.name], self.sampled_rows
+        if rows is None or tensor.shape[0] <= rows:
+            return self.checkpoint.tensor(name)
+        ids = torch.randperm(tensor.shape[0], generator=torch.Generator().manual_seed(SEED))[:rows]
+        return self.checkpoint.rows(name, ids.sort().values)
+
+    def windows(self, num_windows: int, window_tokens: int) -> Tensor:
+        """Windows of the evaluation text, int64 [num_windows, window_tokens]; see `text.token_windows`."""
+        return token_windows(self.checkpoint, self.text, num_windows, window_tokens)
+
+    def moments(self, folder: Path) -> Mapping[str, Tensor]:
+        """The moments that +gptq is fitted with: `--moments`, or gathered from the calibration text into `folder`.
+
+        None at all on a large checkpoint without `--moments`: gathering them is a run of its own.
+        """
+        if self.options.moments:
+            return Moments(self.options.moments, self.checkpoint)
+        if self.nbytes > LARGE_CHECKPOINT_NBYTES:
+            return {}
+        text = self.options.calibration_text or DEFAULT_CHECKPOINT / "calibration.txt"
+        return gather(self.checkpoint, text, self._moment_windows(text), folder / "calibration.safetensors")
+
+    def evaluation_moments(self, folder: Path) -> Moments | None:
+        """The moments of the evaluation text, which give the output error on it; None on a large checkpoint."""
+        if self.nbytes > LARGE_CHECKPOINT_NBYTES:
+            return None
+        return gather(self.checkpoint, self.text, self._moment_windows(self.text), folder / "evaluation.safetensors")
+
+    def _moment_windows(self, text: Path) -> Tensor:
+        return token_windows(self.checkpoint, text, MOMENT_WINDOWS, MOMENT_WINDOW_TOKENS)
+
+    @property
+    def text(self) -> Path:
+        """The evaluation text."""
+        return self.options.text or DEFAULT_CHECKPOINT / "eval.txt"
+
+    def facts(self) -> dict[str, Any]:
+        """What the report must say of this run besides its records."""
+        # A report goes to other people, so of a path it has only the last part.
+        source = Path(self.checkpoint.source)
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "checkpoint": {
+                "source": "benchmarks/mini_gemma4"
+                if self.is_default
+                else source.name
+                if source.exists()
+                else source.as_posix(),
+                "fingerprint": self.checkpoint.fingerprint,
+                "nbytes": self.nbytes,
+                "num_layers": self.config.num_layers,
+                "kind": "trained-small" if self.is_default else "user",
+            },
+            "policies": list(self.policies),
+            "policy_strings": {name: str(policy) for name, policy in self.policies.items()},
+            "versions": {"epic_quant": __version__, "python": platform.python_version(), **_library_versions()},
+            "cpu": machine.cpu_name(),
+            "threads": torch.get_num_threads(),
+            "platform": f"{platform.system()} {platform.machine()}",
+            "read_bandwidth_gbs": machine.read_bandwidth() / 1e9,
+            "seed": SEED,
+            "context": self.options.context,
+            "sampled_rows": self.sampled_rows,
+            "commit": _commit(),
+        }
+
+
+def _library_versions() -> dict[str, str]:
+    names = ("torch", "numpy", "safetensors", "tokenizers", "pytest", "pytest-benchmark")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def _commit() -> str | None:
+    """The commit that is checked out, with `-dirty` where files differ from it; None outside a git checkout."""
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+_RUN = pytest.StashKey[Run]()
+_RECORDS = pytest.StashKey[list[tuple[Record, Any]]]()
+
+
+def _run_of(config: pytest.Config) -> Run:
+    """The session's run, opened when a benchmark first needs it; what cannot be opened ends pytest with status 2."""
+    if _RUN not in config.stash:
+        try:
+            config.stash[_RUN] = Run(config)
+        except EpicQuantError as error:
+            pytest.exit(str(error), returncode=2)
+    return config.stash[_RUN]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Say at once where a run that should write JSON will write none."""
+    config.stash[_RECORDS] = []
+    wanted = config.getoption("benchmark_json", None)
+    distributed = bool(getattr(config.option, "numprocesses", None))
+    if wanted and (distributed or config.getoption("benchmark_disable", False)):
+        reason = "tests run in several processes (-n)" if distributed else "--benchmark-disable was given"
+        raise pytest.UsageError(f"no --benchmark-json can be written: nothing is timed, since {reason}")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give a test that takes a `policy_name` every policy, with a `tensor_class` those that the policy quantizes."""
+    if "policy_name" not in metafunc.fixturenames:
+        return
+    policies = _run_of(metafunc.config).policies
+    if "tensor_class" in metafunc.fixturenames:
+        pairs = [(name, str(part)) for name, policy in policies.items() for part in policy.quantized_classes]
+        metafunc.parametrize(("policy_name", "tensor_class"), pairs)
+    else:
+        metafunc.parametrize("policy_name", list(policies))
+
+
+@pytest.fixture(scope="session")
+def run(request: pytest.FixtureRequest) -> Run:
+    """The session's checkpoint, config and policies."""
+    return _run_of(request.config)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Let go of the checkpoint, which the JSON's run facts still needed after the last test."""
+    if _RUN in config.stash:
+        config.stash[_RUN].checkpoint.close()
+
+
+@pytest.fixture
+def policy(run: Run, policy_name: str) -> Policy:
+    """One of the run's policies."""
+    return run.policies[policy_name]
+
+
+RecordFunction = Callable[..., None]
+
+
+@pytest.fixture
+def record(benchmark: Any, request: pytest.FixtureRequest) -> RecordFunction:
+    """`record(subject, labels, metrics, details)` puts a record into the benchmark's JSON; call it before timing."""
+
+    def write(
+        subject: str,
+        labels: Mapping[str, str],
+        metrics: Mapping[str, float | None],
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
+        made = Record(subject, labels, metrics, details or {})
+        # pytest-benchmark keeps a reference to this dict, so it is filled and never replaced.
+        benchmark.extra_info[JSON_KEY] = made.to_json()
+        request.config.stash[_RECORDS].append((made, benchmark))
+
+    return write
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    """Add the run facts and drop the raw timings; done twice it is the same as once."""
+    if _RUN in config.stash and JSON_KEY not in output_json:
+        output_json[JSON_KEY] = config.stash[_RUN].facts() | {"arguments": _arguments(config)}
+    for entry in output_json["benchmarks"]:
+        entry["stats"].pop("data", None)
+
+
+def _arguments(config: pytest.Config) -> str:
+    """The command line, without the folders of the machine in front of file names."""
+    shortened = (re.sub(r"(^|=)(/|[A-Za-z]:\\)[^=]*[/\\]", r"\1", word) for word in config.invocation_params.args)
+    return shlex.join(["pytest", *shortened])
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Name what is measured, where a run has been opened."""
+    if not any("benchmarks" in str(argument) for argument in config.args):
+        return []
+    run = _run_of(config)
+    kind = "the small trained model of this repository" if run.is_default else run.checkpoint.source
+    rows = run.sampled_rows
+    return [
+        f"checkpoint: {kind}, {run.nbytes / 1e6:,.1f} MB, {run.config.num_layers} layers",
+        f"policies: {', '.join(run.policies)}",
+        f"errors on: {'all rows' if rows is None else f'{rows} rows of each tensor (--rows)'}",
+    ]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """With `--plan`, print the plan and stop before anything is measured."""
+    if session.config.option.plan:
+        run = _run_of(session.config)
+        lines = plan(run.checkpoint, run.config, run.policies.values(), run.sampled_rows)
+        pytest.exit("\n".join([f"{len(session.items)} measurements would be made", *lines]), returncode=0)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """A short table of what was measured: `extra_info` has no column in pytest-benchmark's own."""
+    records = config.stash[_RECORDS]
+    if not records:
+        return
+    rows = [_summary_row(made, benchmark) for made, benchmark in records]
+    terminalreporter.section("epic_quant")
+    terminalreporter.write_line(tabulate(rows, headers=["subject", "of", "measured", "median"], tablefmt="simple"))
+    output = config.getoption("benchmark_json", None)
+    if output:
+        terminalreporter.write_line(f"\nreport: python -m epic_quant.report {shlex.quote(str(output))}")
+
+
+def _summary_row(record: Record, benchmark: Any) -> list[str]:
+    labels = " ".join(record.labels.values())
+    measured = "  ".join(f"{name} {_short(name, value)}" for name, value in record.metrics.items())
+    # A test that failed before its timed call has no stats.
+    median = f"{benchmark.stats.stats.median * 1e3:.3g} ms" if benchmark.stats else "—"
+    return [record.subject, labels, measured, median]
+
+
+def _short(name: str, value: float | None) -> str:
+    if value is None:
+        return "—"
+    if METRICS[name].unit == "B":
+        return f"{value / 1e6:,.1f} MB"
+    return f"{value:.3g}"

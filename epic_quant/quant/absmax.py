@@ -1,0 +1,55 @@
+"""The original project's schemes: the scale comes from the largest weight alone.
+
+Codes are chosen with the scale in fp32 and decoded with its fp16 value, as published.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from epic_quant.quant.bitpack import BitPacking
+from epic_quant.quant.scheme import Scheme, over_scale
+
+
+@dataclass(frozen=True)
+class Absmax(Scheme):
+    """s = max|w| / divisor; code = clamp(round(w / s), low, high), stored as code - low."""
+
+    divisor: float
+    low: int
+    high: int
+
+    @property
+    def num_levels(self) -> int:
+        return self.high - self.low + 1
+
+    def fit(self, groups: Tensor) -> Tensor:
+        return groups.abs().amax(dim=1, keepdim=True) / self.divisor
+
+    def encode(self, groups: Tensor, scale: Tensor) -> Tensor:
+        return self._round(over_scale(groups, scale)).sub_(self.low).to(torch.uint8)
+
+    def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
+        return codes.float().add_(self.low) * scale
+
+    def _round(self, ratio: Tensor) -> Tensor:
+        return ratio.round_().clamp_(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class AbsmaxTernary(Absmax):
+    """s = max|w|; code = +1 above 0.33 s, -1 below -0.33 s, else 0."""
+
+    def _round(self, ratio: Tensor) -> Tensor:
+        return (ratio > 0.33).float().sub_((ratio < -0.33).float())
+
+
+SCHEMES = (
+    AbsmaxTernary("absmax-ternary", BitPacking(2), divisor=1, low=-1, high=1),
+    Absmax("absmax3", BitPacking(4), divisor=4, low=-4, high=3),
+    Absmax("absmax3-packed", BitPacking(3), divisor=4, low=-4, high=3),
+    Absmax("absmax4", BitPacking(4), divisor=7, low=-8, high=7),
+)

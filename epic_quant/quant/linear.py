@@ -1,0 +1,28 @@
+"""A matrix product with a weight that is quantized or not: the one place that asks which."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional
+
+from epic_quant.errors import QuantizationError, SpecError, unknown
+from epic_quant.quant.base import QuantizedTensor
+
+Weight = Tensor | QuantizedTensor
+
+_ACTIVATIONS = ("fp32",)
+
+
+def linear(x: Tensor, weight: Weight, activations: str = "fp32") -> Tensor:
+    """`x` [..., cols] times weight [rows, cols] transposed: [..., rows], in the dtype of x.
+
+    `activations` says in what form the products are taken; "fp32" decodes the weight to the dtype of x.
+    Raises SpecError for other activations and QuantizationError for inner dims that differ.
+    """
+    if activations not in _ACTIVATIONS:
+        raise SpecError(unknown("activations", activations, _ACTIVATIONS))
+    if x.shape[-1] != weight.shape[1]:
+        raise QuantizationError(f"x has rows of {x.shape[-1]}, but the weight has rows of {weight.shape[1]}")
+    if isinstance(weight, Tensor):
+        return functional.linear(x, weight.to(x.dtype))
+    return weight.matmul(x)

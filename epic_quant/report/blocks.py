@@ -1,0 +1,56 @@
+"""What a report is made of, whatever it is rendered to.
+
+Texts are plain, but for `code` between backticks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A title: level 1 is the report's, 2 a section's."""
+
+    level: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """Running text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Bullets:
+    """A list without order."""
+
+    items: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text; the first `num_text_columns` are aligned left, the others, numbers, right."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    num_text_columns: int = 1
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot: the name of its file, what it shows in words, and the SVG itself."""
+
+    file_name: str
+    alt: str
+    svg: str
+
+
+Block = Heading | Paragraph | Bullets | Table | Figure
+
+
+def code(text: str) -> str:
+    """Text from outside (a name, a path) as one code span, whatever it holds."""
+    return f"`{' '.join(text.replace('`', chr(39)).split())}`"

@@ -1,0 +1,51 @@
+"""Numbers to text. What is missing is always —, and what is not zero never reads as zero."""
+
+from __future__ import annotations
+
+import math
+
+MISSING = "—"
+
+
+def significant(value: float | None, digits: int = 3) -> str:
+    """`digits` significant digits, without an exponent between 0.0001 and the largest numbers."""
+    if value is None or math.isnan(value):
+        return MISSING
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    if value == 0:
+        return "0"
+    # The exponent after rounding: 0.9996 is 1.00, not 1.000.
+    exponent = int(f"{value:.{digits - 1}e}".partition("e")[2])
+    if exponent < -4:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:,.{max(0, digits - 1 - exponent)}f}"
+
+
+def megabytes(nbytes: float | None) -> str:
+    """Bytes in MB of 1e6 bytes to one decimal, or to two digits where one decimal would say little."""
+    if nbytes is None or not math.isfinite(nbytes) or 0 < abs(nbytes) < 1e6:
+        return significant(None if nbytes is None else nbytes / 1e6, 2)
+    return f"{nbytes / 1e6:,.1f}"
+
+
+def milliseconds(seconds: float | None) -> str:
+    """Seconds in ms, three digits."""
+    return significant(None if seconds is None else seconds * 1e3)
+
+
+def quotient(value: float | None, reference: float | None) -> float | None:
+    """The value over the reference, or None where one of them is missing or the reference is zero."""
+    return None if value is None or not reference else value / reference
+
+
+def times(value: float | None, reference: float | None) -> str:
+    """How many times the reference a value is, such as 1.23×."""
+    ratio = significant(quotient(value, reference))
+    return ratio if ratio == MISSING else f"{ratio}×"
+
+
+def percent(value: float | None, reference: float | None) -> str:
+    """What part of the reference a value is, such as 45%."""
+    part = quotient(value, reference)
+    return MISSING if part is None else f"{significant(100 * part, 2)}%"

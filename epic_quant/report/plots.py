@@ -1,0 +1,197 @@
+"""Plots as SVG text: the same points always give the same bytes. The only module that needs matplotlib."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+from epic_quant.errors import ReportError
+from epic_quant.report.formatting import significant
+from epic_quant.report.gaussian import LLOYD_MAX, shannon
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Point:
+    """A pair of `drawable` coordinates, the panel that it is drawn in and the series that it belongs to."""
+
+    panel: str
+    series: str
+    x: float
+    y: float
+
+
+# Okabe and Ito's colours, which people with any colour vision tell apart; their yellow is too pale on white,
+# and black is for the bounds.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = "osD^vp<>h"
+_GREY = "#6B6B6B"
+
+_STYLE: dict[str, Any] = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": _GREY,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "figure.facecolor": "white",
+    "font.size": 10,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "savefig.facecolor": "white",
+    "svg.hashsalt": "epic_quant",
+    # Names come from outside and may hold a dollar sign.
+    "text.parse_math": False,
+    "xtick.color": _GREY,
+    "xtick.labelcolor": "black",
+    "ytick.color": _GREY,
+    "ytick.labelcolor": "black",
+}
+
+
+def drawable(value: float | None) -> TypeGuard[float]:
+    """Whether a value has a place on a logarithmic axis."""
+    return value is not None and 0 < value < math.inf
+
+
+def error_over_bits(points: Sequence[Point]) -> str:
+    """Relative L2 over bits per weight, a panel for each tensor class, with the bounds of a Gaussian source."""
+    return _svg(lambda: draw_error_over_bits(points))
+
+
+def time_over_bytes(points: Sequence[Point], bandwidth_gbs: float | None) -> str:
+    """Milliseconds over MB of weights, a panel for each layer type, with the time that reading the bytes takes."""
+    return _svg(lambda: draw_time_over_bytes(points, bandwidth_gbs))
+
+
+def draw_error_over_bits(points: Sequence[Point]) -> Figure:
+    """The figure of `error_over_bits`, to be called inside `style`."""
+    panels = list(dict.fromkeys(point.panel for point in points))
+    num_columns = min(2, len(panels))
+    figure = _new_figure(math.ceil(len(panels) / num_columns), num_columns, len(panels), 5.0, 3.2)
+    looks = _looks(points)
+    bits = [0.9, max([4.2, *(point.x + 0.2 for point in points)])]
+    for axes, panel in zip(figure.axes, panels, strict=True):
+        axes.set_title(panel, loc="left")
+        axes.set_yscale("log")
+        axes.plot(bits, [shannon(rate) for rate in bits], color="black", linewidth=1.2, label="Shannon's bound")
+        axes.plot(
+            list(LLOYD_MAX),
+            list(LLOYD_MAX.values()),
+            color=_GREY,
+            linestyle=(0, (4, 2)),
+            linewidth=1.2,
+            marker=".",
+            label="Lloyd-Max, Gaussian",
+        )
+        for series, look in looks.items():
+            inside = sorted((point.x, point.y) for point in points if (point.panel, point.series) == (panel, series))
+            axes.plot([x for x, _ in inside], [y for _, y in inside], **look, linewidth=1.0, label=series)
+        axes.set_xlim(bits[0], bits[1])
+    _plain_ticks(figure.axes, "y")
+    figure.supxlabel("bits per weight, scales and other metadata included", fontsize=10)
+    figure.supylabel("relative L2 error", fontsize=10)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2 * num_columns + 1)
+    return figure
+
+
+def draw_time_over_bytes(points: Sequence[Point], bandwidth_gbs: float | None) -> Figure:
+    """The figure of `time_over_bytes`, to be called inside `style`."""
+    panels = list(dict.fromkeys(point.panel for point in points))
+    figure = _new_figure(1, len(panels), len(panels), 4.6, 4.2)
+    looks = _looks(points)
+    left, right = _padded([point.x for point in points])
+    # MB over GB/s is ms.
+    floor = [] if not bandwidth_gbs else [right / bandwidth_gbs, min(point.x for point in points) / bandwidth_gbs]
+    heights = _padded([*(point.y for point in points), *floor])
+    for axes, panel in zip(figure.axes, panels, strict=True):
+        axes.set_title(panel, loc="left")
+        axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=heights)
+        if bandwidth_gbs:
+            label = f"reading the weights\nonce, at {significant(bandwidth_gbs)} GB/s"
+            edges = [left, right]
+            axes.plot(edges, [edge / bandwidth_gbs for edge in edges], color="black", linewidth=1.2, label=label)
+        for series, look in looks.items():
+            inside = [(point.x, point.y) for point in points if (point.panel, point.series) == (panel, series)]
+            axes.plot([x for x, _ in inside], [y for _, y in inside], **look, linestyle="none", label=series)
+    _plain_ticks(figure.axes, "x")
+    _plain_ticks(figure.axes, "y")
+    figure.supxlabel("MB of the block's weights", fontsize=10)
+    figure.supylabel("ms for one token", fontsize=10)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center")
+    return figure
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """The defaults of matplotlib and our style, whatever the user's own settings are; raises ReportError without it."""
+    try:
+        import matplotlib.style
+    except ImportError as error:
+        raise ReportError("plots need matplotlib: pip install 'epic-quant[report]'") from error
+    with matplotlib.style.context(["default", _STYLE]):
+        yield
+
+
+def _svg(draw: Callable[[], Figure]) -> str:
+    with style():
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+        buffer = io.StringIO()
+        # Neither the day nor matplotlib's version belongs in a file that is compared.
+        FigureCanvasSVG(draw()).print_figure(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    # matplotlib leaves blanks at the ends of lines.
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+
+
+def _new_figure(num_rows: int, num_columns: int, num_panels: int, panel_width: float, panel_height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    size = (max(5.0, panel_width * num_columns) + 0.6, panel_height * num_rows + 0.9)
+    figure = Figure(figsize=size, layout="constrained")
+    first = None
+    for index in range(num_panels):
+        first = figure.add_subplot(num_rows, num_columns, index + 1, sharex=first, sharey=first)
+    return figure
+
+
+def _looks(points: Sequence[Point]) -> dict[str, dict[str, Any]]:
+    """A colour and a marker for each series; no two of the first 18 share both."""
+    names = dict.fromkeys(point.series for point in points)
+    return {
+        name: {
+            "color": _COLOURS[index % len(_COLOURS)],
+            "marker": _MARKERS[index % len(_MARKERS)],
+            "markersize": 7,
+            "markeredgecolor": "white",
+            "markeredgewidth": 0.5,
+        }
+        for index, name in enumerate(names)
+    }
+
+
+def _padded(values: Sequence[float]) -> tuple[float, float]:
+    """The ends of a logarithmic axis that shows all values with some room."""
+    return min(values) / 1.6, max(values) * 1.6
+
+
+def _plain_ticks(all_axes: Sequence[Axes], which: str) -> None:
+    """Ticks at 1, 2 and 5 of every decade of a logarithmic axis, written as plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    for axes in all_axes:
+        axis = axes.xaxis if which == "x" else axes.yaxis
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

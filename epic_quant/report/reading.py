@@ -1,0 +1,120 @@
+"""pytest-benchmark's JSON to a `Run`; all that can be wrong with the file is found here."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from epic_quant.errors import ReportError
+from epic_quant.records import JSON_KEY, SCHEMA_VERSION, Record
+from epic_quant.report.run import Run
+
+HOW_TO_MAKE_ONE = "make one with: pytest benchmarks --benchmark-json out.json"
+
+# What sections read of the facts and of a record's details, where it is there.
+_NUMBERS = ("read_bandwidth_gbs", "nbytes", "dead_nbytes")
+_MAPPINGS = ("versions", "policy_strings")
+_NUMBERS_BY_NAME = ("parts", "published", "tensors")
+
+
+def read_run(path: Path) -> Run:
+    """The run that a JSON file holds.
+
+    Raises ReportError on a file that cannot be read, is no JSON or cut off, is not pytest-benchmark's, holds no records
+    of epic_quant, is of a newer schema, or holds a record that is damaged.
+    """
+    data = _json(path)
+    if not isinstance(data, dict) or not isinstance(data.get("benchmarks"), list):
+        raise ReportError(
+            f"{path}: not a JSON file of pytest-benchmark, which has a list 'benchmarks'; {HOW_TO_MAKE_ONE}"
+        )
+    facts = data.get(JSON_KEY)
+    entries = [entry for entry in data["benchmarks"] if _extra_info(entry).get(JSON_KEY) is not None]
+    if not isinstance(facts, dict) or not entries:
+        raise ReportError(f"{path}: holds no records of epic_quant; {HOW_TO_MAKE_ONE}")
+    _check_facts(path, facts)
+    return Run(facts, tuple(_record(path, entry) for entry in entries))
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ReportError(f"{path}: no such file; {HOW_TO_MAKE_ONE}") from None
+    except OSError as error:
+        raise ReportError(f"{path}: cannot be read: {error.strerror}") from error
+    # ValueError is of text that is not UTF-8, of what is no JSON, and of integers too long to convert.
+    except (ValueError, RecursionError) as error:
+        raise ReportError(f"{path}: not JSON, or cut off: {error}") from error
+
+
+def _extra_info(entry: Any) -> Mapping[str, Any]:
+    info = entry.get("extra_info") if isinstance(entry, dict) else None
+    return info if isinstance(info, dict) else {}
+
+
+def _check_facts(path: Path, facts: Mapping[str, Any]) -> None:
+    version = facts.get("schema_version")
+    if not isinstance(version, int):
+        raise ReportError(f"{path}: schema_version is {version!r}, expected an integer")
+    if version > SCHEMA_VERSION:
+        raise ReportError(
+            f"{path}: has schema version {version}, newer than {SCHEMA_VERSION}, the newest that this epic_quant reads"
+        )
+    checkpoint = facts.get("checkpoint")
+    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(key), str) for key in ("source", "kind")):
+        raise ReportError(f"{path}: does not say whose weights were measured ('checkpoint' with 'source' and 'kind')")
+    try:
+        _check_numbers("facts", {name: {**checkpoint, **facts}.get(name) for name in _NUMBERS})
+        if not _is_text_list(facts.get("policies", [])):
+            raise TypeError("policies must be a list of names")
+        for name in _MAPPINGS:
+            if not isinstance(facts.get(name, {}), dict):
+                raise TypeError(f"{name} must be an object")
+    except TypeError as error:
+        raise ReportError(f"{path}: damaged run facts: {error}") from error
+
+
+def _record(path: Path, entry: Mapping[str, Any]) -> Record:
+    try:
+        record = Record.from_json(entry["extra_info"][JSON_KEY])
+        _check_types(record)
+        stats = entry.get("stats")
+        if isinstance(stats, dict) and _is_number(stats.get("median")):
+            record = replace(record, metrics={**record.metrics, "time_s": stats["median"]})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ReportError(f"{path}: benchmark {entry.get('name')!r} holds a damaged record: {error!r}") from error
+    # NaN is what could not be measured too.
+    metrics = {
+        name: value if value is None or not math.isnan(value) else None for name, value in record.metrics.items()
+    }
+    return replace(record, metrics=metrics)
+
+
+def _check_types(record: Record) -> None:
+    if not isinstance(record.subject, str) or not all(isinstance(value, str) for value in record.labels.values()):
+        raise TypeError("subject and labels must be text")
+    _check_numbers("metrics", record.metrics)
+    _check_numbers("details", {name: record.details.get(name) for name in _NUMBERS})
+    for name in _NUMBERS_BY_NAME:
+        _check_numbers(name, record.details.get(name, {}))
+
+
+def _check_numbers(name: str, numbers: Any) -> None:
+    if not isinstance(numbers, dict):
+        raise TypeError(f"{name} must be numbers by name")
+    for key, value in numbers.items():
+        if value is not None and not _is_number(value):
+            raise TypeError(f"{key} in {name} is {value!r}, expected a number")
+
+
+def _is_text_list(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,102 @@
+"""The sections of a report. A new one is a module with its blocks and its findings, and a row in `SECTIONS`."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from epic_quant.errors import ReportError
+from epic_quant.report.blocks import Block, Bullets, Heading, Paragraph, code
+from epic_quant.report.run import Run
+from epic_quant.report.sections import block, footprint, ladder, provenance, synthetic, weights
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the records of one subject say: `blocks` for its place in the report, `findings` for the list at its head.
+
+    Both are called only where there are records, and every record bears the `labels`.
+    """
+
+    title: str
+    subject: str
+    labels: tuple[str, ...]
+    benchmark: str
+    blocks: Callable[[Run], list[Block]]
+    findings: Callable[[Run], list[str]]
+
+
+SECTIONS = (
+    Section(
+        "Footprint",
+        "footprint",
+        ("policy", "model", "column"),
+        "benchmarks/test_footprint.py",
+        footprint.blocks,
+        footprint.findings,
+    ),
+    Section(
+        "Weights",
+        "weights",
+        ("policy", "tensor_class", "spec", "op"),
+        "benchmarks/test_weights.py",
+        weights.blocks,
+        weights.findings,
+    ),
+    Section(
+        "Ladder",
+        "ladder",
+        ("spec", "tensor_class"),
+        "benchmarks/test_weights.py",
+        ladder.blocks,
+        ladder.findings,
+    ),
+    Section(
+        "Synthetic weights",
+        "synthetic",
+        ("spec", "distribution"),
+        "benchmarks/test_weights.py",
+        synthetic.blocks,
+        synthetic.findings,
+    ),
+    Section(
+        "Blocks",
+        "block",
+        ("policy", "layer_type", "tokens"),
+        "benchmarks/test_block.py",
+        block.blocks,
+        block.findings,
+    ),
+)
+
+
+def comparison(run: Run) -> list[Block]:
+    """The whole report of a run. Raises ReportError on a record without the labels of its section."""
+    ran = [section for section in SECTIONS if run.select(section.subject)]
+    for section in ran:
+        _check_labels(section, run)
+    findings = tuple(finding for section in ran for finding in section.findings(run))
+    blocks: list[Block] = [Heading(1, "Compression policies compared"), *provenance.whose_weights(run)]
+    blocks.append(Heading(2, "Findings"))
+    blocks.append(Bullets(findings) if findings else Paragraph("Nothing ran that a finding could be computed from."))
+    for section in SECTIONS:
+        blocks.append(Heading(2, section.title))
+        blocks += section.blocks(run) if section in ran else [_not_run(section, run)]
+    return [*blocks, Heading(2, "How this was measured"), *provenance.blocks(run)]
+
+
+def _check_labels(section: Section, run: Run) -> None:
+    for record in run.select(section.subject):
+        missing = [label for label in section.labels if label not in record.labels]
+        if missing:
+            raise ReportError(
+                f"a {section.subject!r} record lacks {missing[0]!r} among its labels {dict(record.labels)}"
+            )
+
+
+def _not_run(section: Section, run: Run) -> Paragraph:
+    checkpoint = run.facts["checkpoint"]
+    chosen = ["--checkpoint", checkpoint["source"]] if checkpoint["kind"] == "user" else []
+    command = shlex.join(["pytest", section.benchmark, *chosen, "--benchmark-json", "out.json"])
+    return Paragraph(f"Not run. To run it: {code(command)}")

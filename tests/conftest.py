@@ -1,0 +1,148 @@
+"""What several test files use: small random Gemma 4 models as `transformers` saves them, and E4B's real header."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+from epic_quant.checkpoint import Checkpoint
+
+_FACTS = Path(__file__).parents[1] / "benchmarks" / "facts"
+
+_E4B = {
+    "vocab_size": 120,
+    "vocab_size_per_layer_input": 120,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 12,
+    "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 2,
+    "num_kv_shared_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "hidden_size_per_layer_input": 8,
+    "sliding_window": 6,
+    "final_logit_softcapping": 30.0,
+}
+_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+    "full_attention": {"rope_type": "proportional", "rope_theta": 2e4, "partial_rotary_factor": 0.5, "factor": 2.0},
+}
+TOYS: dict[str, dict[str, Any]] = {
+    "e4b": _E4B,
+    "e2b": _E4B
+    | {
+        "num_hidden_layers": 10,
+        "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 2,
+        "num_kv_shared_layers": 5,
+        "num_key_value_heads": 1,
+        "use_double_wide_mlp": True,
+    },
+    "no_ple": _E4B | {"hidden_size_per_layer_input": 0},
+    "no_sharing": _E4B | {"num_hidden_layers": 6, "layer_types": None, "num_kv_shared_layers": 0},
+    "other_rope": _E4B | {"global_head_dim": 16, "rope_parameters": _ROPE, "final_logit_softcapping": None},
+}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Tensors this small are slower on several threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a toy model by its name: bf16 weights, random in every tensor, norms and scalars included."""
+
+    @cache
+    def save(name: str) -> Path:
+        torch.manual_seed(0)
+        model = Gemma4ForCausalLM(Gemma4TextConfig(**TOYS[name]))
+        with torch.no_grad():
+            for key, weight in model.state_dict().items():
+                if weight.dim() == 2:
+                    weight.normal_(0.0, weight.shape[1] ** -0.5)
+                elif key.endswith("layer_scalar"):
+                    weight.uniform_(0.1, 0.9)
+                elif "q_norm" in key or "k_norm" in key or "post_" in key:
+                    # Small, so that rounding grows little from layer to layer.
+                    weight.uniform_(0.1, 0.6)
+                else:
+                    weight.uniform_(0.5, 1.5)
+        folder = tmp_path_factory.mktemp(name)
+        model.to(torch.bfloat16).save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def reference(toy: Callable[[str], Path]) -> Callable[[str, torch.dtype], Gemma4ForCausalLM]:
+    """`transformers`' model of a toy, in a dtype, with eager attention."""
+
+    @cache
+    def load(name: str, dtype: torch.dtype) -> Gemma4ForCausalLM:
+        model = Gemma4ForCausalLM.from_pretrained(toy(name), dtype=dtype, attn_implementation="eager")
+        return model.eval().requires_grad_(False)
+
+    return load
+
+
+@pytest.fixture
+def toy_checkpoint(toy: Callable[[str], Path]) -> Iterator[Checkpoint]:
+    """The toy of E4B's pattern, open."""
+    with Checkpoint.open(toy("e4b")) as checkpoint:
+        yield checkpoint
+
+
+@pytest.fixture
+def toy_checkpoint_with_nan(toy: Callable[[str], Path], tmp_path: Path) -> Iterator[Checkpoint]:
+    """The same with one NaN, in row 3 of layer 1's up projection."""
+    folder = shutil.copytree(toy("e4b"), tmp_path / "nan")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = math.nan
+    save_file(tensors, folder / "model.safetensors")
+    with Checkpoint.open(folder) as checkpoint:
+        yield checkpoint
+
+
+@pytest.fixture(scope="session")
+def e4b_sparse_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model.safetensors with Gemma 4 E4B's real header and size, zeros that take no room, its config beside it."""
+    facts = json.loads((_FACTS / "gemma-4-E4B.tensors.json").read_text("utf-8"))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in facts["shapes"].items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": facts["dtype"], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(facts["header_bytes"])
+    assert 8 + len(text) + end == facts["file_bytes"], "the facts do not describe one contiguous file"
+
+    folder = tmp_path_factory.mktemp("e4b")
+    shutil.copyfile(_FACTS / "gemma-4-E4B.config.json", folder / "config.json")
+    path = folder / "model.safetensors"
+    try:
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(facts["file_bytes"])
+        taken = getattr(path.stat(), "st_blocks", math.inf) * 512
+    except OSError:
+        taken = math.inf
+    if taken > 2**26:
+        path.unlink()
+        pytest.skip("this file system has no sparse files")
+    return path

@@ -1,0 +1,95 @@
+"""Error feedback."""
+
+import math
+
+import pytest
+import torch
+
+from epic_quant.errors import QuantizationError
+from epic_quant.quant import quantizer
+from epic_quant.quant.gptq import feedback_factor
+
+ROWS, COLS = 96, 256
+
+
+@pytest.fixture(scope="module")
+def layer():
+    """A weight, correlated inputs [n, cols], and their second moments."""
+    rng = torch.Generator().manual_seed(0)
+    weight = torch.randn(ROWS, COLS, generator=rng)
+    mixing = torch.randn(COLS, COLS, generator=rng) * 0.9 ** torch.arange(COLS).unsqueeze(1).div(4)
+    inputs = torch.randn(2048, COLS, generator=rng) @ mixing + 0.3 * torch.randn(2048, COLS, generator=rng)
+    return weight, inputs, inputs.T @ inputs / len(inputs)
+
+
+def output_error(spec, layer, moments):
+    weight, inputs, _ = layer
+    error = quantizer(spec).quantize(weight, moments).dequantize() - weight
+    return math.sqrt((inputs @ error.T).square().sum() / (inputs @ weight.T).square().sum())
+
+
+def test_feedback_takes_a_third_off_the_output_error(layer):
+    assert output_error("int3-g128+gptq", layer, layer[2]) < 0.66 * output_error("int3-g128", layer, None)
+
+
+@pytest.mark.parametrize(
+    "base",
+    ["ternary", "int2-g32", "int4", "codebook2-g64", "codebook3+had64", "absmax4", "ternary-g32+had256", "int3-g2"],
+)
+def test_feedback_works_over_any_scheme(base, layer):
+    assert output_error(f"{base}+gptq", layer, layer[2].double()) < 0.9 * output_error(base, layer, None)
+
+
+@pytest.mark.parametrize("base", ["int4-g32", "ternary", "codebook3-g64"])
+def test_feedback_of_uncorrelated_inputs_is_plain_rounding(base, layer):
+    plain = quantizer(base).quantize(layer[0])
+    fed = quantizer(f"{base}+gptq").quantize(layer[0], torch.eye(COLS))
+    assert torch.equal(plain.packed, fed.packed)
+    assert torch.equal(plain.scale, fed.scale)
+    assert fed.nbytes == plain.nbytes
+    assert fed.spec == f"{base}+gptq"
+
+
+def test_the_factor_is_the_root_of_the_damped_inverse(layer):
+    moments = layer[2].double()
+    factor = feedback_factor(moments).double()
+    damped = moments + 0.01 * moments.diagonal().mean() * torch.eye(COLS)
+    torch.testing.assert_close(factor.T @ factor @ damped, torch.eye(COLS).double(), atol=1e-3, rtol=0)
+    assert torch.equal(factor, factor.triu())
+
+
+def test_dead_inputs_and_singular_moments_are_fine(layer):
+    weight, inputs, _ = layer
+    few = inputs[:20].clone()
+    few[:, 3] = 0.0
+    moments = few.T @ few / len(few)
+    decoded = quantizer("int4-g32+gptq").quantize(weight, moments).dequantize()
+    assert (decoded[:, 3] - weight[:, 3]).abs().max() < 0.5
+    assert quantizer("int4+gptq").quantize(weight, torch.zeros(COLS, COLS)).dequantize().isfinite().all()
+
+
+def with_nan(moments):
+    moments[0, 0] = math.nan
+    return moments
+
+
+@pytest.mark.parametrize(
+    ("moments", "message"),
+    [
+        (None, "needs the second moments"),
+        (torch.eye(8), r"shape \[8, 8\].*\[256, 256\]"),
+        (with_nan(torch.eye(COLS)), "NaN"),
+        (torch.ones(COLS, COLS).triu(), "not symmetric"),
+        (-torch.eye(COLS), "not positive semidefinite"),
+    ],
+)
+def test_moments_that_do_not_fit_are_told(layer, moments, message):
+    with pytest.raises(QuantizationError, match=message):
+        quantizer("int4+gptq").quantize(layer[0], moments)
+
+
+def test_rows_do_not_touch_each_other(layer, monkeypatch):
+    spec = quantizer("int4-g32+gptq")
+    whole = spec.quantize(layer[0], layer[2])
+    monkeypatch.setattr("epic_quant.quant.base._FEEDBACK_CHUNK", 10 * COLS)
+    torch.testing.assert_close(spec.quantize(layer[0], layer[2]).dequantize(), whole.dequantize())

@@ -1,0 +1,130 @@
+"""A run made by hand, with known values."""
+
+import json
+
+import pytest
+
+from epic_quant.records import JSON_KEY, SCHEMA_VERSION, Record
+
+POLICIES = ("bf16", "original-1.58", "int4-g128")
+SPECS = {"original-1.58": "absmax-ternary", "int4-g128": "int4-g128"}
+CLASSES = ("sliding_attention", "mlp")
+
+
+def _entry(record, median=None):
+    stats = {} if median is None else {"stats": {"median": median, "rounds": 3}}
+    return {"name": "test", "extra_info": {JSON_KEY: record.to_json()}, **stats}
+
+
+def _footprint():
+    attention = {"bf16": 1_284_505_600, "original-1.58": 206_974_976, "int4-g128": 330_000_000}
+    for model in ("this checkpoint", "E4B"):
+        for policy in POLICIES:
+            parts = {"attention": attention[policy], "ple_hot": 107_520_000}
+            details = {"parts": parts, "dead_nbytes": 110_111_232}
+            if model == "E4B" and policy != "int4-g128":
+                details["published"] = {"attention": {"bf16": 1284.5, "original-1.58": 207.1}[policy], "ple_hot": 107.5}
+            labels = {"policy": policy, "model": model, "column": "as published"}
+            yield _entry(Record("footprint", labels, {"nbytes": sum(parts.values())}, details))
+            labels = {"policy": policy, "model": model, "column": "resident"}
+            parts = {"mlp": attention[policy], "norms": 12_345}
+            yield _entry(Record("footprint", labels, {"nbytes": sum(parts.values())}, {"parts": parts}))
+
+
+def _weights():
+    errors = {("original-1.58", "sliding_attention"): 1.108, ("int4-g128", "sliding_attention"): 0.0812}
+    errors |= {("int4-g128", "mlp"): 0.0931}
+    for (policy, tensor_class), error in errors.items():
+        bits = 2.0078 if policy == "original-1.58" else 4.125
+        for op, median in (("quantize", 0.02), ("dequantize", 0.005 if policy == "int4-g128" else 0.01)):
+            labels = {"policy": policy, "tensor_class": tensor_class, "spec": SPECS[policy], "op": op}
+            metrics = {"rel_l2": error, "bits_per_weight": bits, "nbytes": 1000, "bytes_read": 10_000_000}
+            details = {"tensors": {f"layers.0.{tensor_class}": error * 1.01}} if op == "quantize" else {}
+            yield _entry(Record("weights", labels, metrics, details), median)
+
+
+def _ladder():
+    for tensor_class, excess in (("gaussian control", 1.0), ("mlp", 1.1), ("sliding_attention", 1.2)):
+        for spec, bits, error in (("int4-g128", 4.125, 0.09), ("int2", 2.0, 0.4), ("bf16", 16.0, 0.0)):
+            metrics = {"rel_l2": error * excess, "bits_per_weight": bits, "kurtosis": 3.0 * excess}
+            metrics |= {
+                "shannon_gap_db": 4.1 * excess if error else None,
+                "absmax_over_std": 5.25,
+                "gaussian_rel_l2": error,
+            }
+            yield _entry(Record("ladder", {"spec": spec, "tensor_class": tensor_class}, metrics))
+
+
+def _synthetic():
+    for spec, bits, median in (("absmax4", 4.0063, 0.01), ("int4-g128", 4.125, 0.05)):
+        for distribution, error in (("Gaussian", 0.1), ("Laplace", 0.12)):
+            metrics = {"rel_l2": error, "bits_per_weight": bits, "bytes_read": 10_000_000}
+            labels = {"spec": spec, "distribution": distribution}
+            yield _entry(Record("synthetic", labels, metrics, {"e4b_weights": 3_000_000_000}), median)
+
+
+def _block():
+    for layer_type in ("sliding_attention", "full_attention"):
+        for tokens, scale in (("16", 4), ("1", 1)):
+            for policy, error, median, nbytes in (
+                ("fp32", 0.0, 0.004, 40_000_000),
+                ("bf16", 0.002, 0.002, 20_000_000),
+                ("original-1.58", 0.9, 0.003, 6_000_000),
+                ("int4-g128", 0.1, 0.001, 5_000_000),
+            ):
+                labels = {"policy": policy, "layer_type": layer_type, "tokens": tokens}
+                metrics = {"added_rel_l2": error, "output_rel_l2": error / 10, "nbytes": nbytes}
+                yield _entry(Record("block", labels, metrics), median * scale)
+
+
+SUBJECTS = {"footprint": _footprint, "weights": _weights, "ladder": _ladder, "synthetic": _synthetic, "block": _block}
+
+
+@pytest.fixture
+def run_json():
+    """`run_json("block", …)`: a whole JSON object with the records of these subjects, of all where none is said."""
+
+    def make(*subjects, kind="trained-small"):
+        return {
+            "machine_info": {},
+            JSON_KEY: {
+                "schema_version": SCHEMA_VERSION,
+                "checkpoint": {
+                    "source": "benchmarks/mini_gemma4",
+                    "fingerprint": "0123abcd",
+                    "nbytes": 31_400_000,
+                    "num_layers": 18,
+                    "kind": kind,
+                    "description": "trained on a few books",
+                },
+                "policies": list(POLICIES),
+                "policy_strings": {"int4-g128": "mlp=int4-g128,kv=bf16,ple=lru:5000"},
+                "versions": {"python": "3.12.1", "torch": "2.9.0"},
+                "cpu": "a processor | with a bar",
+                "threads": 2,
+                "platform": "Linux x86_64",
+                "read_bandwidth_gbs": 20.0,
+                "seed": 0,
+                "context": 8192,
+                "commit": None,
+                "arguments": "pytest benchmarks --benchmark-json out.json",
+            },
+            "benchmarks": [
+                {"name": "of another plugin", "extra_info": {}, "stats": {"median": 1.0}},
+                *(entry for subject in subjects or SUBJECTS for entry in SUBJECTS[subject]()),
+            ],
+        }
+
+    return make
+
+
+@pytest.fixture
+def write_json(tmp_path):
+    """Writes an object as JSON, or text as it is, and gives the path."""
+
+    def write(data):
+        path = tmp_path / "out.json"
+        path.write_text(data if isinstance(data, str) else json.dumps(data), encoding="utf-8")
+        return path
+
+    return write

@@ -1,0 +1,134 @@
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from epic_quant import __version__
+from epic_quant.report.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "made" / "reports"
+
+
+def test_the_report_and_its_plots_are_written_and_named(run_json, write_json, out, capsys):
+    assert main([str(write_json(run_json())), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.strip() == str(out / "COMPARISON.md")
+    text = (out / "COMPARISON.md").read_text(encoding="utf-8")
+    plots = sorted(path.name for path in out.glob("*.svg"))
+    assert len(plots) == 3
+    assert sorted(path.name for path in out.iterdir()) == ["COMPARISON.md", *plots]
+    for name in plots:
+        ElementTree.parse(out / name)
+        assert f"]({name})" in text
+
+
+def test_two_runs_write_the_same_bytes(run_json, write_json, out, tmp_path):
+    path = write_json(run_json())
+    written = []
+    for folder in (out, tmp_path / "again"):
+        main([str(path), "--out", str(folder)])
+        written.append({file.name: file.read_bytes() for file in folder.iterdir()})
+    assert written[0] == written[1]
+
+
+def test_the_default_folder_is_reports(run_json, write_json, tmp_path, monkeypatch):
+    path = write_json(run_json("footprint"))
+    monkeypatch.chdir(tmp_path)
+    assert main([str(path)]) == 0
+    assert (tmp_path / "reports" / "COMPARISON.md").exists()
+
+
+def test_lines_end_alike_on_every_system(run_json, write_json, out):
+    main([str(write_json(run_json())), "--out", str(out)])
+    assert not any(b"\r" in path.read_bytes() for path in out.iterdir())
+
+
+def test_bad_input_is_one_line_and_status_2_and_writes_nothing(write_json, out, capsys):
+    assert main([str(write_json('{"benchmarks": [')), "--out", str(out)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_folder_that_is_a_file_is_told(run_json, write_json, tmp_path, capsys):
+    taken = tmp_path / "taken"
+    taken.write_text("mine", encoding="utf-8")
+    for folder in (taken, taken / "below"):
+        assert main([str(write_json(run_json("block"))), "--out", str(folder)]) == 2
+        assert "cannot be written" in capsys.readouterr().err
+    assert taken.read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the administrator may write anywhere")
+def test_a_folder_without_permission_is_told(run_json, write_json, tmp_path, capsys):
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0o500)
+    assert main([str(write_json(run_json("block"))), "--out", str(folder)]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_what_was_there(run_json, write_json, out, monkeypatch, capsys):
+    out.mkdir(parents=True)
+    (out / "COMPARISON.md").write_text("old", encoding="utf-8")
+    write_text = Path.write_text
+
+    def fail_late(self, *arguments, **named):
+        if self.name == "COMPARISON.md":
+            raise OSError(28, "No space left on device")
+        return write_text(self, *arguments, **named)
+
+    path = write_json(run_json("block"))
+    monkeypatch.setattr(Path, "write_text", fail_late)
+    assert main([str(path), "--out", str(out)]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert [(file.name, file.read_text(encoding="utf-8")) for file in out.iterdir()] == [("COMPARISON.md", "old")]
+
+
+def module(*arguments):
+    command = [sys.executable, "-m", "epic_quant.report", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", check=False)
+
+
+def test_help_has_an_example():
+    done = module("--help")
+    assert done.returncode == 0
+    assert "python -m epic_quant.report out.json\n" in done.stdout
+
+
+def test_version():
+    assert module("--version").stdout == f"epic_quant {__version__}\n"
+
+
+def test_a_missing_argument_is_status_2():
+    assert module().returncode == 2
+
+
+def test_a_missing_file_is_status_2_without_a_traceback(tmp_path):
+    done = module(str(tmp_path / "none.json"))
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_report_imports_neither_torch_nor_pyplot(run_json, write_json, out):
+    program = (
+        "import sys; from epic_quant.report.__main__ import main; status = main(sys.argv[1:]); "
+        "print([name for name in ('torch', 'matplotlib.pyplot', 'safetensors') if name in sys.modules], status)"
+    )
+    command = [sys.executable, "-c", program, str(write_json(run_json())), "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[] 0"
+
+
+def test_help_does_not_wait_for_matplotlib():
+    program = "import sys, epic_quant.report.__main__; print('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

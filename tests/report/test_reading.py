@@ -1,0 +1,171 @@
+import json
+import math
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from epic_quant.errors import ReportError
+from epic_quant.records import JSON_KEY, SCHEMA_VERSION
+from epic_quant.report.reading import read_run
+
+COMMAND = "pytest benchmarks --benchmark-json out.json"
+
+
+def error_of(path):
+    with pytest.raises(ReportError) as caught:
+        read_run(path)
+    text = str(caught.value)
+    assert str(path) in text
+    assert "\n" not in text
+    return text
+
+
+def test_records_come_in_order_and_other_entries_are_ignored(run_json, write_json):
+    data = run_json()
+    run = read_run(write_json(data))
+    assert [record.to_json()["labels"] for record in run.records] == [
+        entry["extra_info"][JSON_KEY]["labels"] for entry in data["benchmarks"][1:]
+    ]
+    assert run.facts == data[JSON_KEY]
+
+
+def test_the_median_becomes_the_records_time(run_json, write_json):
+    run = read_run(write_json(run_json("block")))
+    assert run.value("block", "time_s", policy="fp32", layer_type="full_attention", tokens="1") == 0.004
+
+
+def test_a_record_without_stats_has_no_time(run_json, write_json):
+    run = read_run(write_json(run_json("footprint")))
+    assert run.value("footprint", "time_s") is None
+
+
+def test_nan_is_missing_and_infinity_stays(run_json, write_json):
+    data = run_json("ladder")
+    data["benchmarks"][1]["extra_info"][JSON_KEY]["metrics"] |= {"rel_l2": math.nan, "kurtosis": math.inf}
+    metrics = read_run(write_json(data)).records[0].metrics
+    assert metrics["rel_l2"] is None
+    assert metrics["kurtosis"] == math.inf
+
+
+def test_a_missing_file_is_named_with_the_command_that_makes_one(tmp_path):
+    text = error_of(tmp_path / "none.json")
+    assert "no such file" in text
+    assert COMMAND in text
+
+
+def test_a_folder_cannot_be_read(tmp_path):
+    assert "cannot be read" in error_of(tmp_path)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(st.data())
+def test_json_cut_off_anywhere_is_told(run_json, write_json, data):
+    text = json.dumps(run_json("footprint"))
+    kept = data.draw(st.integers(0, len(text) - 1))
+    assert "not JSON, or cut off" in error_of(write_json(text[:kept]))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "policy,bytes\n", "[" * 100_000, "9" * 5000], ids=["empty", "csv", "deep", "long"]
+)
+def test_what_is_no_json_is_told(text, write_json):
+    assert "not JSON" in error_of(write_json(text))
+
+
+def test_bytes_that_are_no_text_are_told(tmp_path):
+    path = tmp_path / "out.json"
+    path.write_bytes(b"\x80\x02}q\x00.")
+    assert "not JSON" in error_of(path)
+
+
+@pytest.mark.parametrize("data", [[], 1, "text", None, {}, {"benchmarks": {}}, {JSON_KEY: {}}])
+def test_json_of_another_kind_is_told(data, write_json):
+    text = error_of(write_json(json.dumps(data)))
+    assert "not a JSON file of pytest-benchmark" in text
+    assert COMMAND in text
+
+
+def without_facts(data):
+    del data[JSON_KEY]
+
+
+def without_records(data):
+    del data["benchmarks"][1:]
+
+
+def with_entries_of_other_kinds(data):
+    data["benchmarks"] = [1, {}, {"extra_info": []}, {"extra_info": {"other": 1}}]
+
+
+@pytest.mark.parametrize("change", [without_facts, without_records, with_entries_of_other_kinds])
+def test_a_run_without_our_records_is_told(change, run_json, write_json):
+    data = run_json("block")
+    change(data)
+    text = error_of(write_json(data))
+    assert "holds no records of epic_quant" in text
+    assert COMMAND in text
+
+
+def test_a_newer_schema_is_told_with_both_versions(run_json, write_json):
+    data = run_json("block")
+    data[JSON_KEY]["schema_version"] = SCHEMA_VERSION + 1
+    text = error_of(write_json(data))
+    assert f"schema version {SCHEMA_VERSION + 1}, newer than {SCHEMA_VERSION}" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "named"),
+    [
+        ("schema_version", "1", "schema_version"),
+        ("schema_version", None, "schema_version"),
+        ("checkpoint", None, "whose weights"),
+        ("checkpoint", {"source": "x"}, "whose weights"),
+        ("checkpoint", {"source": "x", "kind": "user", "nbytes": "many"}, "nbytes"),
+        ("policies", "bf16", "policies"),
+        ("policies", [1], "policies"),
+        ("versions", [], "versions"),
+        ("policy_strings", "x", "policy_strings"),
+        ("read_bandwidth_gbs", "fast", "read_bandwidth_gbs"),
+    ],
+)
+def test_damaged_facts_are_named(name, value, named, run_json, write_json):
+    data = run_json("block")
+    data[JSON_KEY][name] = value
+    assert named in error_of(write_json(data))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"subject": 1},
+        {"labels": ["policy"]},
+        {"labels": {"policy": 4}},
+        {"metrics": None},
+        {"metrics": {"rel_l2": "small"}},
+        {"metrics": {"rel_l2": True}},
+        {"metrics": {"no_such_metric": 1.0}},
+        {"details": {"parts": [1, 2]}},
+        {"details": {"published": {"mlp": "1653.4"}}},
+        {"details": {"dead_nbytes": "110"}},
+    ],
+    ids=str,
+)
+def test_a_damaged_record_is_told_with_its_benchmark(change, run_json, write_json):
+    data = run_json("block")
+    data["benchmarks"][2]["name"] = "test_block[bf16]"
+    data["benchmarks"][2]["extra_info"][JSON_KEY] |= change
+    assert "'test_block[bf16]' holds a damaged record" in error_of(write_json(data))
+
+
+@pytest.mark.parametrize("part", ["subject", "labels", "metrics", "details"])
+def test_a_record_that_lacks_a_part_is_told(part, run_json, write_json):
+    data = run_json("block")
+    del data["benchmarks"][1]["extra_info"][JSON_KEY][part]
+    assert part in error_of(write_json(data))
+
+
+def test_a_record_that_is_no_object_is_told(run_json, write_json):
+    data = run_json("block")
+    data["benchmarks"][1]["extra_info"][JSON_KEY] = 3
+    assert "damaged record" in error_of(write_json(data))

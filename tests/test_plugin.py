@@ -1,0 +1,127 @@
+"""The benchmarks' command line, run as a user runs it, on a toy checkpoint with a tokenizer of its own."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from epic_quant.checkpoint import Checkpoint
+from epic_quant.records import JSON_KEY, SCHEMA_VERSION, Record
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_run(*arguments):
+    """The exit status and what was printed, of `pytest` in the repository."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *map(str, arguments)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def model(toy, tmp_path_factory):
+    """A toy checkpoint that knows every token of its small vocabulary by its number."""
+    folder = shutil.copytree(toy("e4b"), tmp_path_factory.mktemp("model") / "toy")
+    tokenizer = Tokenizer(models.WordLevel({str(number): number for number in range(120)}, unk_token="3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "text.txt").write_text(" ".join(str(4 + number % 100) for number in range(10_000)), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(model, tmp_path_factory):
+    """A whole run of three subjects under two policies: what was printed, and its JSON."""
+    out = tmp_path_factory.mktemp("run") / "out.json"
+    files = [f"benchmarks/test_{subject}.py" for subject in ("footprint", "weights", "block")]
+    policies = ["--policy", "original-4", "--policy", "mlp=ternary,kv=fp32,ple=lru:7"]
+    options = ["--text", model / "text.txt", "-k", "not ladder and not synthetic"]
+    status, printed = pytest_run(*files, "--checkpoint", model, *policies, *options, "--benchmark-json", out)
+    assert status == 0, printed
+    return printed, json.loads(out.read_text(encoding="utf-8")), out
+
+
+def test_the_json_names_what_was_run(finished, model):
+    facts = finished[1][JSON_KEY]
+    with Checkpoint.open(model) as checkpoint:
+        assert facts["checkpoint"]["fingerprint"] == checkpoint.fingerprint
+    assert facts["schema_version"] == SCHEMA_VERSION
+    assert facts["checkpoint"]["kind"] == "user"
+    assert facts["policies"] == ["bf16", "original-4", "mlp=ternary,kv=fp32,ple=lru:7"]
+    assert facts["policy_strings"]["original-4"].startswith("sliding_attention=absmax4,")
+    assert facts["read_bandwidth_gbs"] > 0
+    assert facts["versions"]["torch"]
+
+
+def test_the_command_line_in_the_json_names_no_folder_of_the_machine(finished, model):
+    arguments = finished[1][JSON_KEY]["arguments"]
+    assert "--checkpoint toy" in arguments
+    assert str(model.parent) not in json.dumps(finished[1])
+
+
+def test_every_entry_has_a_record_and_no_raw_timings(finished):
+    entries = finished[1]["benchmarks"]
+    records = [Record.from_json(entry["extra_info"][JSON_KEY]) for entry in entries]
+    assert {record.subject for record in records} == {"footprint", "weights", "block"}
+    assert all("data" not in entry["stats"] and entry["stats"]["median"] > 0 for entry in entries)
+
+
+def test_the_run_ends_with_a_table_and_the_command_that_makes_the_report(finished):
+    printed = finished[0]
+    assert "python -m epic_quant.report" in printed
+    assert "original-4 sliding_attention absmax4 quantize" in printed
+
+
+def test_the_report_is_made_of_it(finished, tmp_path):
+    command = [sys.executable, "-m", "epic_quant.report", str(finished[2]), "--out", str(tmp_path)]
+    subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=True)
+    report = (tmp_path / "COMPARISON.md").read_text(encoding="utf-8")
+    assert "mlp=ternary" in report
+    assert "1,653.4" in report
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--policy", "original-2"], "unknown policy 'original-2'; did you mean original-"),
+        (["--policy", "mpl=int4"], "unknown tensor class 'mpl'"),
+        (["--checkpoint", "none/at/all"], "none/at/all: no such file or folder"),
+        (["--checkpoint", "benchmarks/facts"], "no weights in this folder"),
+    ],
+)
+def test_bad_input_is_one_line_status_2_and_no_json(options, said, tmp_path):
+    out = tmp_path / "out.json"
+    status, printed = pytest_run("benchmarks/test_footprint.py", *options, "--benchmark-json", out)
+    assert status == 2
+    assert sum(said in line for line in printed.splitlines()) == 1
+    assert "Traceback" not in printed
+    assert not out.exists()
+
+
+def test_a_plan_measures_nothing(model, tmp_path):
+    out = tmp_path / "out.json"
+    options = ["--checkpoint", model, "--policy", "original-4", "--plan", "--benchmark-json", out]
+    status, printed = pytest_run("benchmarks/test_footprint.py", *options)
+    assert status == 0
+    assert "8 measurements would be made" in printed
+    assert "absmax4: " in printed
+    assert "RAM beyond the mapped file" in printed
+    assert not out.exists()
+
+
+def test_json_that_could_not_be_written_is_told_at_once(tmp_path):
+    out = tmp_path / "out.json"
+    status, printed = pytest_run("benchmarks/test_footprint.py", "--benchmark-disable", "--benchmark-json", out)
+    assert status == 4
+    assert "no --benchmark-json can be written: nothing is timed, since --benchmark-disable was given" in printed
+    assert not out.exists()
+
+
+def test_an_option_that_is_no_number_is_refused(model):
+    status, printed = pytest_run("benchmarks/test_footprint.py", "--checkpoint", model, "--context", "0")
+    assert status == 4
+    assert "--context" in printed
