@@ -13,6 +13,9 @@ from epic_quant.gemma4.weights import CheckpointWeights
 from epic_quant.metrics import relative_l2
 from epic_quant.quant import QuantizedTensor
 
+# A fast block's rounds fill this time; a slow one's, as on a large model, are pytest-benchmark's five at least.
+pytestmark = pytest.mark.benchmark(max_time=0.3)
+
 WINDOW_TOKENS = 512
 # The tokens measured begin here: past BOS, whose hidden state is like no other's.
 FIRST_TOKEN = 128

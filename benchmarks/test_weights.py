@@ -150,11 +150,14 @@ def gaussian(shape):
 
 @pytest.mark.parametrize("tensor_class", TensorClass)
 @pytest.mark.parametrize("spec", LADDER)
-def test_ladder(spec, tensor_class, class_tensors, shapes_of, moments_for, evaluation_moments, record, benchmark):
+def test_ladder(spec, tensor_class, run, class_tensors, shapes_of, moments_for, evaluation_moments, record, benchmark):
     """One rung: error of the weights and of the output on real activations, and the distance to the limits."""
     scheme = quantizer(spec)
     if scheme.gptq and tensor_class not in MULTIPLIED:
         pytest.skip("a table that is looked up has no inputs to fit to")
+    cols = run.tensors_of(tensor_class)[0].shape[1]
+    if scheme.group_size and cols > scheme.group_size and cols % scheme.group_size:
+        pytest.skip(f"a group of {scheme.group_size} does not divide rows of {cols}")
     moments = moments_for(spec)
     if scheme.gptq and not moments:
         pytest.skip("no --moments given, and gathering them on a checkpoint over 1 GB is a run of its own")

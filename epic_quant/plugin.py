@@ -212,13 +212,18 @@ def _run_of(config: pytest.Config) -> Run:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Say at once where a run that should write JSON will write none."""
+    """Say at once what is wrong with the run, before anything is collected."""
     config.stash[_RECORDS] = []
-    wanted = config.getoption("benchmark_json", None)
     distributed = bool(getattr(config.option, "numprocesses", None))
-    if wanted and (distributed or config.getoption("benchmark_disable", False)):
+    if config.getoption("benchmark_json", None) and (distributed or config.getoption("benchmark_disable", False)):
         reason = "tests run in several processes (-n)" if distributed else "--benchmark-disable was given"
         raise pytest.UsageError(f"no --benchmark-json can be written: nothing is timed, since {reason}")
+    if _runs_benchmarks(config):
+        _run_of(config)
+
+
+def _runs_benchmarks(config: pytest.Config) -> bool:
+    return any("benchmarks" in Path(argument.partition("::")[0]).parts for argument in config.args)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -289,7 +294,7 @@ def _arguments(config: pytest.Config) -> str:
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Name what is measured, where a run has been opened."""
-    if not any("benchmarks" in str(argument) for argument in config.args):
+    if not _runs_benchmarks(config):
         return []
     run = _run_of(config)
     kind = "the small trained model of this repository" if run.is_default else run.checkpoint.source
@@ -301,12 +306,14 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     ]
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """With `--plan`, print the plan and stop before anything is measured."""
-    if session.config.option.plan:
-        run = _run_of(session.config)
-        lines = plan(run.checkpoint, run.config, run.policies.values(), run.sampled_rows)
-        pytest.exit("\n".join([f"{len(session.items)} measurements would be made", *lines]), returncode=0)
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    """With `--plan`, print the plan in place of measuring anything."""
+    if not session.config.option.plan:
+        return None
+    run = _run_of(session.config)
+    lines = plan(run.checkpoint, run.config, run.policies.values(), run.sampled_rows)
+    print("\n".join([f"{len(session.items)} measurements would be made", *lines]))
+    return True
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -32,12 +32,16 @@ _METRICS = (
     Metric("time_s", "s", "lower", "median time of the measured call"),
     Metric("bytes_read", "B", "higher", "bytes that the timed call must read at least"),
     Metric("shannon_gap_db", "dB", "lower", "error over Shannon's bound for a Gaussian at the same bits a weight"),
-    Metric("lloyd_max_gap_db", "dB", "lower", "error over the best scalar quantizer with as many levels, on a Gaussian"),
+    Metric(
+        "lloyd_max_gap_db", "dB", "lower", "error over the best scalar quantizer with as many levels, on a Gaussian"
+    ),
     Metric("gaussian_rel_l2", "", "lower", "rel_l2 of the same scheme on Gaussian noise of the same shape"),
     Metric("kurtosis", "", "lower", "fourth moment of the weights over their squared variance; 3 for a Gaussian"),
     Metric("absmax_over_std", "", "lower", "largest magnitude of the weights over their standard deviation"),
     Metric("hit_rate", "", "higher", "lookups of tokens that a row cache answers from RAM, of all lookups"),
-    Metric("kl_divergence", "nat", "lower", "KL divergence of the next token's distribution from that of bf16, a token"),
+    Metric(
+        "kl_divergence", "nat", "lower", "KL divergence of the next token's distribution from that of bf16, a token"
+    ),
     Metric("p50_s", "s", "lower", "median time of a call, each on rows that are read for the first time"),
     Metric("p99_s", "s", "lower", "time that 99 of 100 such calls stay within"),
     Metric("fetched_nbytes", "B", "lower", "bytes that the system fetched from the disk for them"),

@@ -130,13 +130,18 @@ def make_config() -> Gemma4TextConfig:
     )
 
 
-def make_model(seed: int) -> Gemma4ForCausalLM:
+def make_model(seed: int, init: Path | None) -> Gemma4ForCausalLM:
+    """A new model, or the one that was saved in the folder `init`; fp32, its layer scalars trainable."""
     torch.manual_seed(seed)
-    model = Gemma4ForCausalLM._from_config(make_config(), attn_implementation="sdpa", dtype=torch.float32)
-    for layer in model.model.layers:
+    if init is None:
+        model = Gemma4ForCausalLM._from_config(make_config(), attn_implementation="sdpa", dtype=torch.float32)
+    else:
+        model = Gemma4ForCausalLM.from_pretrained(init, attn_implementation="sdpa", dtype=torch.float32)
+    for layer in model.train().model.layers:
         # A buffer in `transformers`, which does not train it; E4B's are trained, and far from 1.
+        start = torch.full((1,), 0.9) if init is None else layer.layer_scalar.clone()
         del layer.layer_scalar
-        layer.layer_scalar = torch.nn.Parameter(torch.full((1,), 0.9))
+        layer.layer_scalar = torch.nn.Parameter(start)
     return model
 
 
@@ -174,6 +179,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, tokenizer and texts")
     parser.add_argument("--steps", type=int, default=1500, help="optimizer steps of 4096 tokens")
     parser.add_argument("--long-steps", type=int, default=150, help="of these, the last ones on windows of 2048 tokens")
+    parser.add_argument("--init", type=Path, metavar="FOLDER", help="go on from the weights that an earlier run saved")
     parser.add_argument("--peak-lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -186,7 +192,7 @@ def main() -> None:
     stream = torch.tensor(ids)
     print(f"{len(training)} files, {nbytes:,} bytes, {len(stream):,} tokens", flush=True)
 
-    model = make_model(arguments.seed)
+    model = make_model(arguments.seed, arguments.init)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
@@ -227,16 +233,17 @@ def main() -> None:
     (arguments.out / "calibration.txt").write_text(calibration_text, encoding="utf-8", newline="\n")
 
     fp32 = model.float()
+    earlier = json.loads((arguments.init / "training.json").read_text("utf-8")) if arguments.init else {}
     facts = {
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "seed": arguments.seed,
-        "steps": arguments.steps,
-        "training_tokens": arguments.steps * STEP_TOKENS,
+        "steps": arguments.steps + earlier.get("steps", 0),
+        "training_tokens": arguments.steps * STEP_TOKENS + earlier.get("training_tokens", 0),
         "corpus_files": len(training),
         "corpus_nbytes": nbytes,
         "corpus_tokens": len(stream),
-        "training_s": round(time.monotonic() - start),
+        "training_s": round(time.monotonic() - start) + earlier.get("training_s", 0),
         "last_training_loss": round(smooth or 0.0, 4),
         "bits_per_byte_512": round(bits_per_byte(fp32, tokenizer, eval_text, 512, 64), 4),
         "bits_per_byte_2048": round(bits_per_byte(fp32, tokenizer, eval_text, 2048, 16), 4),

@@ -74,6 +74,7 @@ class PLERowCache:
         if reads not in READS:
             raise SpecError(unknown("way to read", reads, READS))
         self._table = table = Table.of(checkpoint)
+        self._num_rows, self._shape = table.num_rows, (table.num_layers, table.dim)
         self._format, self._reader, self._quantizes = _source(table, spec, packed, reads, num_threads)
         self._hits = self._misses = self._evictions = 0
         self._lock = threading.Lock()
@@ -82,6 +83,9 @@ class PLERowCache:
             pinned = None if static_ids is None else _distinct(self._checked(static_ids))
             self._residency = Residency.named(residency, table.num_rows, self.capacity_rows, pinned)
             self._hot = torch.empty(self.capacity_rows, self._format.row_nbytes, dtype=torch.uint8)
+            # What is handed out of plain rows, so that a hot lookup is one call of torch.
+            is_plain = isinstance(self._format, PlainRows)
+            self._hot_plain = self._format.decode(self._hot).view(-1, *self._shape) if is_plain else None
             self._load_pinned()
         except BaseException:
             self._reader.close()
@@ -124,13 +128,15 @@ class PLERowCache:
             if all_hot:
                 self._residency.touch(ids)
                 self._hits += len(ids)
+                if self._hot_plain is not None:
+                    return self._hot_plain.index_select(0, torch.from_numpy(slots))
                 rows = self._hot.index_select(0, torch.from_numpy(slots))
             else:
                 hot = slots >= 0
                 hot_rows = self._hot.index_select(0, torch.from_numpy(slots[hot]))
         if not all_hot:
             rows = self._with_cold(ids, hot, hot_rows)
-        return self._format.decode(rows).view(len(ids), self._table.num_layers, self._table.dim)
+        return self._format.decode(rows).view(len(ids), *self._shape)
 
     def _with_cold(self, ids: Ids, hot: NDArray[np.bool_], hot_rows: Tensor) -> Tensor:
         """All rows [n, row_nbytes] of a batch: the cold ones are read, with no lock held, and then let in."""
@@ -171,9 +177,10 @@ class PLERowCache:
             token_ids = token_ids.to("cpu", torch.int64)
         ids: Ids = token_ids.reshape(-1).numpy()
         # Seen as unsigned, a negative id is a very large one, so one look at the largest tells of both ends.
-        if len(ids) and ids.view(np.uint64).max() >= self._table.num_rows:
-            wrong = ids[(ids < 0) | (ids >= self._table.num_rows)][0]
-            raise TokenError(f"token id {wrong} is out of range; expected 0 to {self._table.num_rows - 1}")
+        largest = ids.item() % 2**64 if len(ids) == 1 else ids.view(np.uint64).max(initial=0)
+        if largest >= self._num_rows:
+            wrong = ids[(ids < 0) | (ids >= self._num_rows)][0]
+            raise TokenError(f"token id {wrong} is out of range; expected 0 to {self._num_rows - 1}")
         return ids
 
 

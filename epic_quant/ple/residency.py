@@ -92,10 +92,13 @@ class Residency:
         """Count lookups of rows that are all hot: ids [n], in the order of the text."""
         if not self._window_rows:
             return
+        if not self._main_rows:
+            self._time[ids] = self._clock if len(ids) == 1 else np.arange(self._clock, self._clock + len(ids))
+            self._clock += len(ids)
+            return
         for part, times, weights in self._spans(ids):
             self._time[part] = times
-            if self._main_rows:
-                np.add.at(self._key, part, weights)
+            np.add.at(self._key, part, weights)
 
     def look_up(self, ids: Ids) -> Outcome:
         """Look up ids [n], hot or not, one after another; so it does not matter how a text is cut into batches."""
@@ -104,7 +107,7 @@ class Residency:
         hits = evictions = 0
         placed: dict[int, int] = {}
         # Views give and take plain numbers, several times faster than arrays do.
-        time_of, key_of, slot_of = memoryview(self._time), memoryview(self._key), memoryview(self.slot_of)
+        time_of, key_of, slot_of = self._time.data, self._key.data, self.slot_of.data
         for part, times, weights in self._spans(ids):
             for row, time, weight in zip(part.tolist(), times.tolist(), weights, strict=True):
                 time_of[row] = time

@@ -73,6 +73,11 @@ def time_over_bytes(points: Sequence[Point], bandwidth_gbs: float | None) -> str
     return _svg(lambda: draw_time_over_bytes(points, bandwidth_gbs))
 
 
+def hits_over_bytes(points: Sequence[Point], marks: Sequence[Point], bound: str) -> str:
+    """Hit rate over resident MB, a panel for each trace; the series `bound` is drawn as a limit, `marks` as crosses."""
+    return _svg(lambda: draw_hits_over_bytes(points, marks, bound))
+
+
 def draw_error_over_bits(points: Sequence[Point]) -> Figure:
     """The figure of `error_over_bits`, to be called inside `style`."""
     panels = list(dict.fromkeys(point.panel for point in points))
@@ -130,6 +135,40 @@ def draw_time_over_bytes(points: Sequence[Point], bandwidth_gbs: float | None) -
     figure.supylabel("ms for one token", fontsize=10)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center")
+    return figure
+
+
+def draw_hits_over_bytes(points: Sequence[Point], marks: Sequence[Point], bound: str) -> Figure:
+    """The figure of `hits_over_bytes`, to be called inside `style`."""
+    from matplotlib.figure import Figure
+
+    panels = list(dict.fromkeys(point.panel for point in points))
+    num_columns = min(2, len(panels))
+    num_rows = math.ceil(len(panels) / num_columns)
+    figure = Figure(figsize=(4.6 * num_columns + 0.6, 2.7 * num_rows + 0.9), layout="constrained")
+    # Tables differ in the bytes of a row, so every panel has MB of its own.
+    grid = figure.subplots(num_rows, num_columns, sharey=True, squeeze=False).flat
+    looks = _looks([point for point in points if point.series != bound])
+    looks[bound] = {"color": "black", "linestyle": (0, (4, 2))}
+    for axes, panel in zip(grid, panels, strict=False):
+        axes.set_title(panel, loc="left")
+        axes.set(xscale="log", ylim=(0, 1.02))
+        for series, look in looks.items():
+            inside = sorted((point.x, point.y) for point in points if (point.panel, point.series) == (panel, series))
+            axes.plot([x for x, _ in inside], [y for _, y in inside], **look, linewidth=1.0, label=series)
+        for mark in marks:
+            if mark.panel == panel:
+                axes.plot([mark.x], [mark.y], "x", color="black", markersize=9, label=mark.series)
+    for axes in figure.axes[len(panels) :]:
+        axes.remove()
+    _plain_ticks(figure.axes, "x")
+    figure.supxlabel("MB of hot rows", fontsize=10)
+    figure.supylabel("hit rate", fontsize=10)
+    entries: dict[str, Any] = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        entries = dict(zip(labels, handles, strict=True)) | entries
+    figure.legend(list(entries.values()), list(entries), loc="outside upper center", ncols=4)
     return figure
 
 

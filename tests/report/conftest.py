@@ -77,7 +77,50 @@ def _block():
                 yield _entry(Record("block", labels, metrics), median * scale)
 
 
-SUBJECTS = {"footprint": _footprint, "weights": _weights, "ladder": _ladder, "synthetic": _synthetic, "block": _block}
+def _ple_hits():
+    for residency, rates in (
+        ("static, lowest ids", [0.1, 0.2, 0.3]),
+        ("lru", [0.6, 0.8, 0.95]),
+        ("optimum", [0.9, 0.97, 1.0]),
+    ):
+        details = {"capacities": [500, 5000, 50_000], "hit_rates": rates, "row_nbytes": 21_504}
+        details |= {"tokens": 1000, "distinct": 800, "met_before": 0.96, "original_rows": 5000}
+        labels = {"trace": "Zipf 1.0", "residency": residency}
+        yield _entry(Record("ple_hits", labels, {"hit_rate": rates[1]}, details), 0.01)
+
+
+def _ple_speed():
+    for way, batch, median in (("cache", "1", 1e-5), ("index_select", "1", 5e-6), ("the original's", "1", 2e-3)):
+        details = {"tokens": 1, "layers": 42} | ({"throughput_to_dense": 0.5} if way == "cache" else {})
+        labels = {"table": "synthetic", "way": way, "heat": "hot", "batch": batch, "threads": "1"}
+        yield _entry(Record("ple_speed", labels, {}, details), median)
+    for batch, seconds in (("1", 0.2), ("64", 0.05)):
+        metrics = {"p50_s": 2e-4, "p99_s": 9e-4, "bytes_read": 19_000_000, "fetched_nbytes": 22_000_000}
+        labels = {"table": "synthetic", "way": "positioned", "heat": "cold", "batch": batch, "threads": "1"}
+        yield _entry(Record("ple_speed", labels, metrics, {"tokens": 896, "pass_s": seconds}), seconds)
+    labels = {"table": "synthetic", "way": "positioned", "heat": "resident", "batch": "64", "threads": "1"}
+    yield _entry(
+        Record("ple_speed", labels, {"nbytes": 22_000_000, "anonymous_nbytes": 23_100_000}, {"tokens": 64}), 0.01
+    )
+
+
+def _ple_guard():
+    for spec, bits, divergence in (("int8", 8.05, 0.0001), ("int4", 4.05, 0.25)):
+        labels = {"tensor_class": "ple_table", "spec": spec}
+        metrics = {"rel_l2": divergence / 2, "bits_per_weight": bits, "kl_divergence": divergence}
+        yield _entry(Record("ple_guard", labels, metrics), 0.01)
+
+
+SUBJECTS = {
+    "footprint": _footprint,
+    "weights": _weights,
+    "ladder": _ladder,
+    "synthetic": _synthetic,
+    "block": _block,
+    "ple_hits": _ple_hits,
+    "ple_speed": _ple_speed,
+    "ple_guard": _ple_guard,
+}
 
 
 @pytest.fixture

@@ -52,6 +52,7 @@ def change_records(data, subject, change):
 def test_sections_come_in_order(run_json, report):
     titles = [block.text for block in report(run_json()) if isinstance(block, Heading) and block.level == 2]
     sections = ["Footprint", "Weights", "Ladder", "Synthetic weights", "Blocks"]
+    sections += ["PLE row cache: hits", "PLE row cache: speed", "PLE below eight bits"]
     assert titles == ["Findings", *sections, "How this was measured"]
 
 
@@ -281,7 +282,7 @@ def test_the_fastest_and_slowest_blocks_are_found(run_json, report):
 
 def test_every_figure_has_a_text_and_a_name_of_its_own(run_json, report):
     figures = [block for block in report(run_json()) if isinstance(block, Figure)]
-    assert len(figures) == len({figure.file_name for figure in figures}) == 3
+    assert len(figures) == len({figure.file_name for figure in figures}) == 4
     assert all(len(figure.alt) > 40 for figure in figures)
 
 

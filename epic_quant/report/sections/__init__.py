@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from epic_quant.errors import ReportError
 from epic_quant.report.blocks import Block, Bullets, Heading, Paragraph, code
 from epic_quant.report.run import Run
-from epic_quant.report.sections import block, footprint, ladder, provenance, synthetic, weights
+from epic_quant.report.sections import block, footprint, ladder, ple, provenance, synthetic, weights
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,30 @@ SECTIONS = (
         "benchmarks/test_block.py",
         block.blocks,
         block.findings,
+    ),
+    Section(
+        "PLE row cache: hits",
+        "ple_hits",
+        ("trace", "residency"),
+        "benchmarks/test_ple.py",
+        ple.hits_blocks,
+        ple.hits_findings,
+    ),
+    Section(
+        "PLE row cache: speed",
+        "ple_speed",
+        ("table", "way", "heat", "batch", "threads"),
+        "benchmarks/test_ple.py",
+        ple.speed_blocks,
+        ple.speed_findings,
+    ),
+    Section(
+        "PLE below eight bits",
+        "ple_guard",
+        ("tensor_class", "spec"),
+        "benchmarks/test_ple.py",
+        ple.guard_blocks,
+        ple.guard_findings,
     ),
 )
 
