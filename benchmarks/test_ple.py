@@ -371,25 +371,6 @@ def packed_of(source_of, tmp_path_factory):
         path.unlink()
 
 
-@pytest.mark.slow
-def test_cold_rows_at_once_are_faster_than_one_by_one(source_of):
-    """64 rows a call against a row a call, in turn, by positioned reads: at least twice as fast."""
-    ratios = []
-    for _ in range(3):
-        seconds = {}
-        for batch in (1, COLD_BATCH):
-            cold = ColdPass(source_of(LARGE), "positioned", batch, 1, None)
-            cold.evict()
-            if cold.is_cold is not True:
-                pytest.skip("the system does not drop the file's pages, or does not tell")
-            seconds[batch] = -time.perf_counter()
-            cold()
-            seconds[batch] += time.perf_counter()
-            cold.close()
-        ratios.append(seconds[1] / seconds[COLD_BATCH])
-    assert np.median(ratios) >= 2
-
-
 @pytest.mark.parametrize("table", ALL_TABLES)
 def test_resident(table, source_of, record, benchmark):
     """Memory that a cache really takes once it is full; timed is a batch of which all rows are read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import platform
 import re
@@ -19,7 +20,7 @@ from torch import Tensor
 from epic_quant import __version__, machine
 from epic_quant.calibration import Moments, gather
 from epic_quant.checkpoint import Checkpoint
-from epic_quant.errors import EpicQuantError
+from epic_quant.errors import EpicQuantError, TokenError
 from epic_quant.gemma4.config import TextConfig
 from epic_quant.gemma4.tensors import TensorClass, TextTensor, expected_tensors, text_tensors
 from epic_quant.plan import plan
@@ -128,14 +129,19 @@ class Run:
     def moments(self, folder: Path) -> Mapping[str, Tensor]:
         """The moments that +gptq is fitted with: `--moments`, or gathered from the calibration text into `folder`.
 
-        None at all on a large checkpoint without `--moments`: gathering them is a run of its own.
+        None at all on a large checkpoint without `--moments`: gathering them is a run of its own. Raises TokenError
+        where they are of the evaluation text: what is fitted and what is judged never share text.
         """
         if self.options.moments:
-            return Moments(self.options.moments, self.checkpoint)
-        if self.nbytes > LARGE_CHECKPOINT_NBYTES:
+            moments = Moments(self.options.moments, self.checkpoint)
+        elif self.nbytes > LARGE_CHECKPOINT_NBYTES:
             return {}
-        text = self.options.calibration_text or DEFAULT_CHECKPOINT / "calibration.txt"
-        return gather(self.checkpoint, text, self._moment_windows(text), folder / "calibration.safetensors")
+        else:
+            text = self.options.calibration_text or DEFAULT_CHECKPOINT / "calibration.txt"
+            moments = gather(self.checkpoint, text, self._moment_windows(text), folder / "calibration.safetensors")
+        if moments.text_sha256 == hashlib.sha256(self.text.read_bytes()).hexdigest():
+            raise TokenError(f"{self.text}: calibrated on the text that is judged on; expected two texts")
+        return moments
 
     def evaluation_moments(self, folder: Path) -> Moments | None:
         """The moments of the evaluation text, which give the output error on it; None on a large checkpoint."""

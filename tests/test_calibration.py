@@ -1,5 +1,6 @@
 """Second moments against those of the inputs that `transformers` itself computes."""
 
+import argparse
 import hashlib
 
 import pytest
@@ -8,8 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from epic_quant.calibration import Moments, gather, main
 from epic_quant.checkpoint import Checkpoint
-from epic_quant.errors import CheckpointError
+from epic_quant.errors import CheckpointError, TokenError
 from epic_quant.metrics import squared_output_norm
+from epic_quant.plugin import DEFAULT_CHECKPOINT, Run
 
 WINDOWS = torch.randint(3, 120, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -96,3 +98,21 @@ def test_the_command_line_says_what_is_wrong_in_one_line(toy, text, tmp_path, ca
     assert "no tokenizer.json" in error
     assert error.count("\n") == 1
     assert not (tmp_path / "moments").exists()
+
+
+def test_the_text_that_is_fitted_and_the_text_that_is_judged_are_not_one():
+    """Neither file holds a line of code of the other, besides those that any module might begin with."""
+    texts = [(DEFAULT_CHECKPOINT / name).read_bytes() for name in ("calibration.txt", "eval.txt")]
+    assert hashlib.sha256(texts[0]).digest() != hashlib.sha256(texts[1]).digest()
+    calibration, evaluation = ({line for line in text.split(b"\n") if len(line) > 60} for text in texts)
+    assert len(calibration & evaluation) < 0.01 * len(evaluation)
+
+
+def test_moments_of_the_evaluation_text_are_refused(pytestconfig, tmp_path):
+    """Hashes of the two texts are compared, whatever the files are called."""
+    copy = tmp_path / "calibration.txt"
+    copy.write_bytes((DEFAULT_CHECKPOINT / "eval.txt").read_bytes())
+    run = Run(pytestconfig)
+    run.options = argparse.Namespace(moments=None, calibration_text=copy, text=None)
+    with run.checkpoint, pytest.raises(TokenError, match="calibrated on the text that is judged on"):
+        run.moments(tmp_path)

@@ -141,9 +141,10 @@ class PLERowCache:
     def _with_cold(self, ids: Ids, hot: NDArray[np.bool_], hot_rows: Tensor) -> Tensor:
         """All rows [n, row_nbytes] of a batch: the cold ones are read, with no lock held, and then let in."""
         cold, place = np.unique(ids[~hot], return_inverse=True)
-        rows = torch.empty(len(ids), self._format.row_nbytes, dtype=torch.uint8)
-        rows[torch.from_numpy(hot)] = hot_rows
-        rows[torch.from_numpy(~hot)] = self._read(cold)[torch.from_numpy(place)]
+        # NumPy copies in this thread; torch's threads would have to meet for every few kilobytes.
+        rows = np.empty((len(ids), self._format.row_nbytes), dtype=np.uint8)
+        rows[hot] = hot_rows.numpy()
+        rows[~hot] = self._read(cold).numpy()[place]
         with self._lock:
             # Other threads may have changed what is hot meanwhile; every row of the batch is at hand, so it is all one.
             outcome = self._residency.look_up(ids)
@@ -152,9 +153,8 @@ class PLERowCache:
             self._evictions += outcome.evictions
             if outcome.placed:
                 position = dict(zip(ids.tolist(), range(len(ids)), strict=True))
-                positions = torch.tensor([position[row] for row in outcome.placed])
-                self._hot[torch.tensor(list(outcome.placed.values()))] = rows[positions]
-        return rows
+                self._hot.numpy()[list(outcome.placed.values())] = rows[[position[row] for row in outcome.placed]]
+        return torch.from_numpy(rows)
 
     def _read(self, ids: Ids) -> Tensor:
         """Distinct, ascending rows out of the file in the format that is kept: uint8 [n, row_nbytes]."""
