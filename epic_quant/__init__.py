@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from epic_quant.checkpoint import Checkpoint
     from epic_quant.gemma4.model import TextModel
     from epic_quant.metrics import relative_l2
+    from epic_quant.ple import PLERowCache
     from epic_quant.policy import Policy
     from epic_quant.quant import QuantizedTensor, linear, quantizer
 
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Checkpoint": "epic_quant.checkpoint",
+    "PLERowCache": "epic_quant.ple",
     "Policy": "epic_quant.policy",
     "QuantizedTensor": "epic_quant.quant",
     "TextModel": "epic_quant.gemma4.model",
@@ -27,7 +29,7 @@ _HOME = {
     "relative_l2": "epic_quant.metrics",
 }
 
-__all__ = ["Checkpoint", "Policy", "QuantizedTensor", "TextModel", "linear", "quantizer", "relative_l2"]
+__all__ = ["Checkpoint", "PLERowCache", "Policy", "QuantizedTensor", "TextModel", "linear", "quantizer", "relative_l2"]
 
 
 def __getattr__(name: str) -> Any:
