@@ -246,13 +246,6 @@ def test_hot(table, way, batch, source_of, record, benchmark):
             # Ratios are of times taken in turn, so that a busy machine is busy for both.
             turns = [{name: median_s(calls[name], 20) for name in HOT_WAYS[:2]} for _ in range(9)]
             to_dense = float(np.median([turn["index_select"] / turn["cache"] for turn in turns]))
-            if table == LARGE and way == "cache":
-                if batch == 1:
-                    a_token = min(median_s(calls["cache"], 200) for _ in range(5))
-                    assert a_token <= 20e-6
-                    assert median_s(calls["the original's"], 10) / ORIGINAL_BATCH >= 100 * a_token
-                else:
-                    assert to_dense >= 0.7
             details = {"tokens": batch, "layers": found.num_layers}
             if way == "cache":
                 details["throughput_to_dense"] = to_dense

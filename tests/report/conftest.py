@@ -138,7 +138,6 @@ def run_json():
                     "nbytes": 31_400_000,
                     "num_layers": 18,
                     "kind": kind,
-                    "description": "trained on a few books",
                 },
                 "policies": list(POLICIES),
                 "policy_strings": {"int4-g128": "mlp=int4-g128,kv=bf16,ple=lru:5000"},

@@ -28,7 +28,6 @@ def blocks(run: Run) -> list[Block]:
     facts, checkpoint = run.facts, run.facts["checkpoint"]
     rows = {
         "checkpoint": _text(checkpoint["source"]),
-        "what it is": _text(checkpoint.get("description")),
         "fingerprint": _text(checkpoint.get("fingerprint")),
         "bytes": _with_unit(megabytes(checkpoint.get("nbytes")), "MB"),
         "layers": _text(checkpoint.get("num_layers")),
