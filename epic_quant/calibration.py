@@ -95,7 +95,7 @@ def gather(checkpoint: Checkpoint, text: Path, windows: Tensor, path: Path, *, p
     sizes = _stored_sizes(weights)
     facts = {
         "checkpoint": checkpoint.fingerprint,
-        "text_sha256": hashlib.sha256(text.read_bytes()).hexdigest(),
+        "text_sha256": text_sha256(text),
         "num_tokens": str(windows.numel()),
     }
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -110,6 +110,11 @@ def gather(checkpoint: Checkpoint, text: Path, windows: Tensor, path: Path, *, p
     finally:
         unfinished.unlink(missing_ok=True)
     return Moments(path, checkpoint)
+
+
+def text_sha256(path: Path) -> str:
+    """The hex digest by which a text is known, so that what is fitted and what is judged can be told apart."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _stored_name(name: str) -> str:

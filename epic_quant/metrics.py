@@ -14,7 +14,7 @@ def squared_norm(x: Tensor) -> float:
 
 
 def relative(squared_error: float, squared_reference: float) -> float:
-    """The root of their quotient, for sums over many tensors; 0 where both are zero, infinity where the latter is."""
+    """The root of their quotient, for sums over many tensors; 0 if both are zero, infinity if only the latter is."""
     if squared_reference == 0.0:
         return 0.0 if squared_error == 0.0 else math.inf
     return math.sqrt(squared_error / squared_reference)

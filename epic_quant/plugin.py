@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import platform
 import re
@@ -18,7 +17,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from epic_quant import __version__, machine
-from epic_quant.calibration import Moments, gather
+from epic_quant.calibration import Moments, gather, text_sha256
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import EpicQuantError, TokenError
 from epic_quant.gemma4.config import TextConfig
@@ -139,7 +138,7 @@ class Run:
         else:
             text = self.options.calibration_text or DEFAULT_CHECKPOINT / "calibration.txt"
             moments = gather(self.checkpoint, text, self._moment_windows(text), folder / "calibration.safetensors")
-        if moments.text_sha256 == hashlib.sha256(self.text.read_bytes()).hexdigest():
+        if moments.text_sha256 == text_sha256(self.text):
             raise TokenError(f"{self.text}: calibrated on the text that is judged on; expected two texts")
         return moments
 
