@@ -156,7 +156,7 @@ def test_ladder(spec, tensor_class, run, class_tensors, shapes_of, moments_for, 
     if scheme.gptq and tensor_class not in MULTIPLIED:
         pytest.skip("a table that is looked up has no inputs to fit to")
     cols = run.tensors_of(tensor_class)[0].shape[1]
-    if scheme.group_size and cols > scheme.group_size and cols % scheme.group_size:
+    if not scheme.fits(cols):
         pytest.skip(f"a group of {scheme.group_size} does not divide rows of {cols}")
     moments = moments_for(spec)
     if scheme.gptq and not moments:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from epic_quant.checkpoint import Checkpoint
     from epic_quant.gemma4.model import TextModel
+    from epic_quant.kv import KVCache, KVPolicy
     from epic_quant.metrics import relative_l2
     from epic_quant.ple import PLERowCache
     from epic_quant.policy import Policy
@@ -20,6 +21,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Checkpoint": "epic_quant.checkpoint",
+    "KVCache": "epic_quant.kv",
+    "KVPolicy": "epic_quant.kv",
     "PLERowCache": "epic_quant.ple",
     "Policy": "epic_quant.policy",
     "QuantizedTensor": "epic_quant.quant",
@@ -29,7 +32,18 @@ _HOME = {
     "relative_l2": "epic_quant.metrics",
 }
 
-__all__ = ["Checkpoint", "PLERowCache", "Policy", "QuantizedTensor", "TextModel", "linear", "quantizer", "relative_l2"]
+__all__ = [
+    "Checkpoint",
+    "KVCache",
+    "KVPolicy",
+    "PLERowCache",
+    "Policy",
+    "QuantizedTensor",
+    "TextModel",
+    "linear",
+    "quantizer",
+    "relative_l2",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -32,8 +32,16 @@ class TokenError(EpicQuantError):
     """Token ids that are out of range or no integers, a text too short, or a tokenizer that does not fit."""
 
 
+class CacheError(EpicQuantError):
+    """K or V that a cache cannot take, or a layer of it that holds none."""
+
+
 class ReportError(EpicQuantError):
     """A JSON file that is no run of ours, is of a newer schema, or holds nothing to report."""
+
+
+class RecipeError(EpicQuantError):
+    """A recipe that cannot be made: no sensitivities to make it of, or a budget below the smallest possible."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
+from torch import Tensor
 
 from epic_quant import machine
 from epic_quant.checkpoint import Checkpoint
+from epic_quant.gemma4.block import decoder_block
 from epic_quant.gemma4.config import TextConfig
+from epic_quant.gemma4.kv_store import ForwardKV
+from epic_quant.gemma4.model import attention_masks, rope_tables
 from epic_quant.gemma4.tensors import TextTensor, expected_tensors
 from epic_quant.policy import Policy
+from epic_quant.quality import Variant
+from epic_quant.quality.passes import Memory, layer_numel, passes, quantized_numel, work
+from epic_quant.quality.variants import with_reference
 from epic_quant.quant import quantizer
 
 _PROBE_WEIGHTS = 2**20
+_PROBE_TOKENS, _PROBE_S = 512, 0.3
 
 
 def sampled_shape(tensor: TextTensor, sampled_rows: int | None) -> tuple[int, int]:
@@ -50,6 +58,74 @@ def plan(checkpoint: Checkpoint, config: TextConfig, policies: Iterable[Policy],
         f"RAM beyond the mapped file: about {ram / 1e9:,.2f} GB; free: {free}",
         "disk: nothing but the JSON",
     ]
+
+
+def plan_quality(
+    what: str,
+    config: TextConfig,
+    policies: Mapping[str, Policy | Variant],
+    num_windows: int,
+    window_tokens: int,
+    memory_nbytes: int,
+) -> list[str]:
+    """Lines for people: the passes over the file that evaluating these policies takes, their time, RAM and disk.
+
+    The time is that of layers in fp32 and of quantizing weights, each from a short probe; what quantizing K and V takes
+    is left out. Raises as `quality.passes.passes`.
+    """
+    variants = with_reference(policies, config)
+    memory = Memory(config, num_windows, window_tokens)
+    needs = memory.needs(variants)
+    batches = passes(variants, memory, memory_nbytes)
+    together = [[variants[name] for name in batch] for batch in batches]
+    multiplications = sum(sum(work(batch, config, num_windows, window_tokens)) for batch in together)
+    layers_s = multiplications * _seconds_a_multiplication(config, window_tokens)
+    quantized: dict[str, int] = {}
+    for batch in together:
+        for spec, numel in quantized_numel(batch, config).items():
+            quantized[spec] = quantized.get(spec, 0) + numel
+    quantizing_s = sum(numel * _seconds_a_weight(spec) for spec, numel in quantized.items())
+    ram = max(memory.nbytes(needs[name] for name in batch) for batch in batches)
+    waiting = max(len({needs[name].state for name in batch}) for batch in batches) * memory.state_nbytes
+    read = 2 * (sum(layer_numel(config)) + config.vocab_size * config.hidden_size)
+    return [
+        f"{what}, {len(variants)} policies with the reference on {num_windows} windows of {window_tokens} tokens: "
+        f"{len(batches)} {'pass' if len(batches) == 1 else 'passes'} over the file, {read / 1e9:,.2f} GB each, "
+        f"about {layers_s + quantizing_s:,.0f} s",
+        f"  layers: {multiplications:.3g} multiplications, about {layers_s:,.0f} s; quantizing: "
+        f"{sum(quantized.values()) / 1e6:,.1f} M weights, about {quantizing_s:,.0f} s",
+        f"  RAM beyond the mapped file: at most {ram / 1e9:,.2f} GB, {memory_nbytes / 1e9:,.2f} GB allowed (--memory)",
+        f"  disk: {waiting / 1e9:,.2f} GB with --resume, else nothing",
+    ]
+
+
+def _seconds_a_multiplication(config: TextConfig, window_tokens: int) -> float:
+    """A multiplication in a layer, what is no matrix product included: the first layer's shapes on random numbers."""
+    tokens = min(window_tokens, _PROBE_TOKENS)
+    windows = max(1, _PROBE_TOKENS // tokens)
+    spec, rng = config.layers[0], torch.Generator().manual_seed(0)
+    weights: dict[str, Tensor] = {
+        tensor.local_name: torch.randn(tensor.shape, generator=rng) * tensor.shape[-1] ** -0.5
+        for tensor in expected_tensors(config)
+        if tensor.layer == spec.index
+    }
+    hidden = torch.randn(windows, tokens, config.hidden_size, generator=rng)
+    rope = rope_tables(config, torch.arange(tokens), hidden.dtype)[spec.layer_type]
+    blocked = attention_masks(config, tokens)[spec.layer_type]
+    ple = torch.randn(windows, tokens, config.ple_dim, generator=rng) if config.ple_dim else None
+
+    def run() -> None:
+        kv = ForwardKV(config)
+        decoder_block(hidden, weights, spec, config=config, ple=ple, rope=rope, blocked=blocked, kv=kv)
+
+    run()
+    start, rounds = time.perf_counter(), 0
+    while time.perf_counter() - start < _PROBE_S:
+        run()
+        rounds += 1
+    elapsed = time.perf_counter() - start
+    attention = 2 * tokens * spec.num_heads * spec.head_dim
+    return elapsed / (rounds * windows * tokens * (layer_numel(config)[spec.index] + attention))
 
 
 def _seconds_a_weight(spec: str) -> float:

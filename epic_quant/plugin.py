@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,18 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from epic_quant import __version__, machine
+from epic_quant import __version__, kv, machine
 from epic_quant.calibration import Moments, gather, text_sha256
 from epic_quant.checkpoint import Checkpoint
-from epic_quant.errors import EpicQuantError, TokenError
+from epic_quant.errors import CheckpointError, EpicQuantError, TokenError
 from epic_quant.gemma4.config import TextConfig
 from epic_quant.gemma4.tensors import TensorClass, TextTensor, expected_tensors, text_tensors
-from epic_quant.plan import plan
-from epic_quant.policy import NAMED, Policy
+from epic_quant.kv import KVPolicy
+from epic_quant.plan import plan, plan_quality
+from epic_quant.policy import NAMED, UNQUANTIZED, Policy
+from epic_quant.quality import NOISE_FLOOR, Change, Variant, changes, noise_floor
+from epic_quant.quality.passes import default_memory_nbytes
+from epic_quant.quant import quantizer
 from epic_quant.records import JSON_KEY, METRICS, SCHEMA_VERSION, Record
 from epic_quant.text import token_windows
 
@@ -38,10 +43,24 @@ _DEFAULT_SAMPLED_ROWS = 256
 # The text that moments are gathered from: enough that those of 512 columns have full rank many times over.
 MOMENT_WINDOWS, MOMENT_WINDOW_TOKENS = 16, 512
 
+_LEAST_KV_CONTEXT = 128
+
+_DEFAULT_WINDOWS = 4
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
 
 def _positive(text: str) -> int:
     value = int(text)
     if value <= 0:
+        raise ValueError
+    return value
+
+
+def _nbytes(text: str) -> int:
+    """`6GB`, `800 MB`, `1.5e9`: bytes, in the powers of ten that reports print."""
+    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?) ?([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    if found is None or not (value := int(float(found[1]) * _UNITS[found[2].upper()])):
         raise ValueError
     return value
 
@@ -65,12 +84,44 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="measure this policy (repeatable; default: all named ones), such as int4-g128 or mlp=int4,ple=lru:5000",
     )
     group.addoption("--context", type=_positive, default=8192, metavar="TOKENS", help="length that the KV cache holds")
+    group.addoption(
+        "--kv-policy",
+        action="append",
+        default=[],
+        metavar="NAME_OR_STRING",
+        help="measure this KV policy (repeatable; default: all named ones), such as int4+had or k=int4@64/v=int4",
+    )
+    group.addoption(
+        "--kv-context", type=_positive, default=4096, metavar="TOKENS", help="longest text that goes into a KV cache"
+    )
     group.addoption("--rows", type=_rows, metavar="N|all", help="rows of each tensor whose error is taken")
     group.addoption("--text", type=Path, metavar="FILE", help="evaluation text (default: the small model's eval.txt)")
     group.addoption(
         "--calibration-text", type=Path, metavar="FILE", help="text that +gptq is fitted to, never judged on"
     )
     group.addoption("--moments", type=Path, metavar="FILE", help="moments that python -m epic_quant.calibration made")
+    group.addoption(
+        "--windows",
+        type=_positive,
+        metavar="N",
+        help="windows of each text that quality is judged on (default: 4; 1 on a checkpoint over 1 GB)",
+    )
+    group.addoption(
+        "--window-tokens",
+        type=_positive,
+        metavar="N",
+        help="tokens of each window, BOS included (default: four times what a sliding layer sees)",
+    )
+    group.addoption("--by-layer", action="store_true", help="sensitivities of every layer alone too, on any checkpoint")
+    group.addoption(
+        "--memory",
+        type=_nbytes,
+        metavar="SIZE",
+        help="RAM for evaluating quality, as 6GB (default: half of what is free)",
+    )
+    group.addoption(
+        "--resume", type=Path, metavar="FOLDER", help="keep the state of long evaluations there, and go on from it"
+    )
     group.addoption("--ple-trace", type=Path, metavar="FILE", help="text or .npy ids to judge the PLE row cache by")
     group.addoption("--plan", action="store_true", help="say what would be measured and how long it takes, and stop")
 
@@ -85,6 +136,8 @@ class Run:
             self.policies = dict(NAMED)
         # Everything is held against bf16, so it is always there.
         self.policies = {"bf16": NAMED["bf16"]} | self.policies
+        said = [KVPolicy.parse(text) for text in self.options.kv_policy] or kv.NAMED.values()
+        self.kv_policies = {"bf16": kv.NAMED["bf16"]} | {policy.name: policy for policy in said}
         source = self.options.checkpoint or DEFAULT_CHECKPOINT
         self.is_default = Path(source).resolve() == DEFAULT_CHECKPOINT
         self.checkpoint = Checkpoint.open(
@@ -104,6 +157,18 @@ class Run:
         if rows is None:
             return _DEFAULT_SAMPLED_ROWS if self.nbytes > LARGE_CHECKPOINT_NBYTES else None
         return None if rows == "all" else rows
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of the text that goes into the KV caches: no more than the model can take."""
+        asked: int = self.options.kv_context
+        return min(self.config.max_position_embeddings, asked)
+
+    @property
+    def kv_contexts(self) -> list[int]:
+        """The context lengths at which a KV cache is judged: 128, doubled as long as there are tokens."""
+        least = min(_LEAST_KV_CONTEXT, self.kv_tokens)
+        return [least << doubled for doubled in range((self.kv_tokens // least).bit_length())]
 
     def tensors_of(self, tensor_class: TensorClass) -> list[TextTensor]:
         """The class's live tensors, in the order of the layers."""
@@ -136,7 +201,7 @@ class Run:
         elif self.nbytes > LARGE_CHECKPOINT_NBYTES:
             return {}
         else:
-            text = self.options.calibration_text or DEFAULT_CHECKPOINT / "calibration.txt"
+            text = self.calibration_text
             moments = gather(self.checkpoint, text, self._moment_windows(text), folder / "calibration.safetensors")
         if moments.text_sha256 == text_sha256(self.text):
             raise TokenError(f"{self.text}: calibrated on the text that is judged on; expected two texts")
@@ -156,6 +221,78 @@ class Run:
         """The evaluation text."""
         return self.options.text or DEFAULT_CHECKPOINT / "eval.txt"
 
+    @property
+    def calibration_text(self) -> Path:
+        """The text that is fitted to, and never judged on."""
+        return self.options.calibration_text or DEFAULT_CHECKPOINT / "calibration.txt"
+
+    @property
+    def num_windows(self) -> int:
+        """The windows of a text that quality is judged on: `--windows`."""
+        given: int | None = self.options.windows
+        return given or (1 if self.nbytes > LARGE_CHECKPOINT_NBYTES else _DEFAULT_WINDOWS)
+
+    @property
+    def window_tokens(self) -> int:
+        """The tokens of each: `--window-tokens`, by default enough for most to be past what a sliding layer sees."""
+        given: int | None = self.options.window_tokens
+        sliding = [layer.sliding_window for layer in self.config.layers if layer.sliding_window is not None]
+        return given or min(4 * max(sliding, default=128), self.config.max_position_embeddings)
+
+    @property
+    def quality_windows(self) -> Tensor:
+        """The windows of the evaluation text that quality is judged on: `--windows` of `--window-tokens`."""
+        return self.windows(self.num_windows, self.window_tokens)
+
+    @property
+    def sensitivity_windows(self) -> Tensor:
+        """The same, and after them as many of the calibration text. Raises TokenError where both texts are one."""
+        if text_sha256(self.calibration_text) == text_sha256(self.text):
+            raise TokenError(f"{self.text}: calibrated on the text that is judged on; expected two texts")
+        counts = self.num_windows, self.window_tokens
+        return torch.cat([self.windows(*counts), token_windows(self.checkpoint, self.calibration_text, *counts)])
+
+    @cached_property
+    def evaluated(self) -> dict[str, Policy | Variant]:
+        """The policies whose quality is judged, and the noise floor; not those that lack the moments to be fitted."""
+        fitted = bool(self.options.moments) or self.nbytes <= LARGE_CHECKPOINT_NBYTES
+        found: dict[str, Policy | Variant] = {
+            name: policy
+            for name, policy in self.policies.items()
+            if fitted or not any(quantizer(spec).gptq for spec in policy.specs.values())
+        }
+        return found | {NOISE_FLOOR: noise_floor()}
+
+    @cached_property
+    def changes(self) -> dict[str, Change]:
+        """The single changes whose sensitivity is measured, by name; on a large checkpoint only where asked for."""
+        asked = self.options.by_layer or "sensitivity" in self.options.keyword
+        if self.nbytes > LARGE_CHECKPOINT_NBYTES and not asked:
+            return {}
+        quantized = [name for name, policy in self.kv_policies.items() if str(policy) not in (UNQUANTIZED, "fp32")]
+        found = changes(self.config, quantized, by_layer=self.options.by_layer)
+        return {str(change): change for change in found}
+
+    @property
+    def memory_nbytes(self) -> int:
+        """What evaluating may take: `--memory`, or half of what is free."""
+        return self.options.memory or default_memory_nbytes()
+
+    def resume_file(self, name: str) -> Path | None:
+        """Where the state of an evaluation is kept, in the folder that `--resume` names; None without it."""
+        if self.options.resume is None:
+            return None
+        folder: Path = self.options.resume
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{folder}: cannot be made a folder to resume from: {error.strerror}") from error
+        return folder / f"{name}.safetensors"
+
+    def plan_of(self, name: str, variants: Mapping[str, Policy | Variant], windows: int) -> list[str]:
+        """What evaluating these takes on so many windows, for people."""
+        return plan_quality(name, self.config, variants, windows, self.window_tokens, self.memory_nbytes)
+
     def facts(self) -> dict[str, Any]:
         """What the report must say of this run besides its records."""
         # A report goes to other people, so of a path it has only the last part.
@@ -173,6 +310,7 @@ class Run:
                 "num_layers": self.config.num_layers,
                 "kind": "trained-small" if self.is_default else "user",
             },
+            "layer_types": [layer.layer_type for layer in self.config.layers],
             "policies": list(self.policies),
             "policy_strings": {name: str(policy) for name, policy in self.policies.items()},
             "versions": {"epic_quant": __version__, "python": platform.python_version(), **_library_versions()},
@@ -182,6 +320,7 @@ class Run:
             "read_bandwidth_gbs": machine.read_bandwidth() / 1e9,
             "seed": SEED,
             "context": self.options.context,
+            "kv_tokens": self.kv_tokens,
             "sampled_rows": self.sampled_rows,
             "commit": _commit(),
         }
@@ -232,7 +371,19 @@ def _runs_benchmarks(config: pytest.Config) -> bool:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Give a test that takes a `policy_name` every policy, with a `tensor_class` those that the policy quantizes."""
+    """Give a test every policy, KV policy and single change that it takes by name, and every context of a KV cache.
+
+    With a `tensor_class` it gets the policies that quantize that class.
+    """
+    if "kv_policy_name" in metafunc.fixturenames:
+        metafunc.parametrize("kv_policy_name", list(_run_of(metafunc.config).kv_policies))
+    if "kv_context" in metafunc.fixturenames:
+        metafunc.parametrize("kv_context", _run_of(metafunc.config).kv_contexts)
+    if "change_name" in metafunc.fixturenames:
+        # Without a single one pytest would only say that there is none.
+        skipped = pytest.mark.skip(reason="on a checkpoint over 1 GB only with -k sensitivity or --by-layer")
+        names = list(_run_of(metafunc.config).changes)
+        metafunc.parametrize("change_name", names or [pytest.param("none", marks=skipped)])
     if "policy_name" not in metafunc.fixturenames:
         return
     policies = _run_of(metafunc.config).policies
@@ -259,6 +410,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def policy(run: Run, policy_name: str) -> Policy:
     """One of the run's policies."""
     return run.policies[policy_name]
+
+
+@pytest.fixture
+def kv_policy(run: Run, kv_policy_name: str) -> KVPolicy:
+    """One of the run's KV policies."""
+    return run.kv_policies[kv_policy_name]
 
 
 RecordFunction = Callable[..., None]
@@ -317,6 +474,12 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
         return None
     run = _run_of(session.config)
     lines = plan(run.checkpoint, run.config, run.policies.values(), run.sampled_rows)
+    planned = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    if "qualities" in planned:
+        lines += run.plan_of("quality", run.evaluated, run.num_windows)
+    if "sensitivities" in planned and run.changes:
+        variants = {name: change.variant() for name, change in run.changes.items()}
+        lines += run.plan_of("sensitivity", variants, 2 * run.num_windows)
     print("\n".join([f"{len(session.items)} measurements would be made", *lines]))
     return True
 

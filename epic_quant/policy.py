@@ -60,7 +60,7 @@ class Policy:
             if key not in (*TensorClass, "kv", "ple"):
                 raise SpecError(unknown("tensor class", key, [*TensorClass, "kv", "ple"]))
             said[key] = value
-        kv, ple = KVPolicy(said.pop("kv", "bf16")), PLEPolicy.parse(said.pop("ple", "all"))
+        kv, ple = KVPolicy.parse(said.pop("kv", "bf16")), PLEPolicy.parse(said.pop("ple", "all"))
         return cls(text, {TensorClass(key): spec for key, spec in said.items()}, kv, ple)
 
     def __str__(self) -> str:

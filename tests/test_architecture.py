@@ -13,6 +13,7 @@ FLOORS = {
     "records": 0,
     "metrics": 1,
     "machine": 1,
+    "results": 1,
     "quant": 2,
     "checkpoint": 2,
     "gemma4": 3,
@@ -22,7 +23,9 @@ FLOORS = {
     "policy": 5,
     "calibration": 6,
     "footprint": 6,
-    "plan": 6,
+    "quality": 6,
+    "recipe": 6,
+    "plan": 7,
     "report": 7,
     "inspect": 7,
     "plugin": 8,
@@ -79,15 +82,15 @@ def test_only_the_plugin_imports_pytest():
     assert users == {"epic_quant.plugin"}
 
 
-def test_the_report_imports_errors_and_records_alone():
+def test_the_report_and_the_recipe_stand_on_errors_records_and_results_alone():
     inside = {
-        name
+        room(name)
         for path in MODULES
-        if room(dotted(path)) == "report"
+        if room(dotted(path)) in ("report", "recipe", "results")
         for name in imported(path)
-        if name.startswith("epic_quant.") and room(name) != "report"
+        if name.startswith("epic_quant.") and room(name) != room(dotted(path))
     }
-    assert inside == {"epic_quant.errors", "epic_quant.records"}
+    assert inside == {"errors", "records", "results"}
 
 
 def test_every_room_has_a_floor():

@@ -64,8 +64,8 @@ def test_resident_bytes_of_bf16_are_the_files_own(e4b):
 def test_kv_bytes_are_those_of_the_owners_up_to_their_window(tokens):
     config = TextConfig.from_json(json.loads((FACTS / "gemma-4-E4B.config.json").read_text(encoding="utf-8")))
     expected = 16_384 * tokens + 40_960 * min(tokens, 512)
-    assert KVPolicy("bf16").nbytes(config, tokens) == expected
-    assert KVPolicy("fp32").nbytes(config, tokens) == 2 * expected
+    assert KVPolicy.parse("bf16").nbytes(config, tokens) == expected
+    assert KVPolicy.parse("fp32").nbytes(config, tokens) == 2 * expected
 
 
 @pytest.mark.parametrize("name", ["original-1.58", "original-3-packed", "int3-g128"])

@@ -19,14 +19,16 @@ def test_a_name_that_is_not_public_is_an_attribute_error():
         _ = epic_quant.nothing
 
 
-@pytest.mark.parametrize("statement", ["import epic_quant", "import epic_quant.report.__main__"])
+@pytest.mark.parametrize(
+    "statement", ["import epic_quant", "import epic_quant.report.__main__", "import epic_quant.recipe.__main__"]
+)
 def test_torch_is_not_imported_before_it_is_needed(statement):
     code = f"{statement}; import sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("module", ["inspect", "report"])
+@pytest.mark.parametrize("module", ["inspect", "recipe", "report"])
 def test_command_lines_print_help_and_version(module):
     for option, expected in (("--help", "example"), ("--version", epic_quant.__version__)):
         command = [sys.executable, "-m", f"epic_quant.{module}", option]

@@ -16,12 +16,13 @@ from epic_quant.ple import PLEPolicy
 from epic_quant.policy import NAMED, Policy
 
 specs = st.sampled_from(["bf16", "int4", "int4-g128", "ternary", "absmax4", "absmax3-packed", "int8-g32"])
+kvs = st.sampled_from(["bf16", "original", "p-rope", "k=int4@64/full.v.rotated=int8-g32+had64/recent=5/first=1"])
 ples = st.just("all") | st.builds("{}:{}".format, st.sampled_from(["static", "lru"]), st.integers(1, 10**6))
 
 
-@given(st.dictionaries(st.sampled_from([*TensorClass]), specs), st.sampled_from(["bf16", "fp32"]), ples)
+@given(st.dictionaries(st.sampled_from([*TensorClass]), specs), kvs, ples)
 def test_parse_and_str_are_inverses(said, kv, ple):
-    policy = Policy("some", said, KVPolicy(kv), PLEPolicy.parse(ple))
+    policy = Policy("some", said, KVPolicy.parse(kv), PLEPolicy.parse(ple))
     assert Policy.parse(str(policy)) == policy
     assert str(Policy.parse(str(policy))) == str(policy)
 

@@ -25,10 +25,10 @@ Ids = NDArray[np.int64]
 
 NAMES = ("static", "lru", "static+lru", "w-lrfu")
 
-# Windows from a tenth to two fifths and half-lives from 8 to 128 capacities were tried over Zipf traces, prose and
-# source code: large windows suit bursty text, small ones suit Zipf, and these lose little on either.
-_WINDOW_SHARE = 5
-_HALF_LIFE_CAPACITIES = 32
+# The best mean hit rate that `benchmarks/search_ple.py` finds, on traces that no benchmark judges by: large windows
+# suit bursty text, small ones Zipf.
+WINDOW_SHARE = 5
+HALF_LIFE_CAPACITIES = 8
 
 # A lookup counts 2^(time / half_life), so that older ones count less without being touched; after so many half-lives
 # all keys are scaled down, which a power of two does without rounding.
@@ -84,8 +84,8 @@ class Residency:
             case "lru":
                 return cls(table_rows, ids[:0], capacity)
             case _:
-                window_rows = max(1, capacity // _WINDOW_SHARE)
-                half_life = _HALF_LIFE_CAPACITIES * capacity
+                window_rows = max(1, capacity // WINDOW_SHARE)
+                half_life = HALF_LIFE_CAPACITIES * capacity
                 return cls(table_rows, ids[:0], window_rows, capacity - window_rows, half_life)
 
     def touch(self, ids: Ids) -> None:

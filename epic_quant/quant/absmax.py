@@ -1,6 +1,7 @@
 """The original project's schemes: the scale comes from the largest weight alone.
 
-Codes are chosen with the scale in fp32 and decoded with its fp16 value, as published.
+Codes are chosen with the scale in fp32 and decoded with its fp16 value, as published. `absmax2` continues them to
+two bits, for the dims of K and V to which the original gives that many without naming a quantizer.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class AbsmaxTernary(Absmax):
 
 SCHEMES = (
     AbsmaxTernary("absmax-ternary", BitPacking(2), divisor=1, low=-1, high=1),
+    Absmax("absmax2", BitPacking(2), divisor=2, low=-2, high=1),
     Absmax("absmax3", BitPacking(4), divisor=4, low=-4, high=3),
     Absmax("absmax3-packed", BitPacking(3), divisor=4, low=-4, high=3),
     Absmax("absmax4", BitPacking(4), divisor=7, low=-8, high=7),

@@ -47,6 +47,10 @@ class Quantizer:
         turned = f"+had{self.hadamard_block}" if self.hadamard_block else ""
         return self.scheme.name + group + turned + ("+gptq" if self.gptq else "")
 
+    def fits(self, cols: int) -> bool:
+        """Whether rows of `cols` weights fall into whole groups; a row shorter than the group is one."""
+        return cols % self._group_size(cols) == 0
+
     def quantize(self, weight: Tensor, moments: Tensor | None = None) -> QuantizedTensor:
         """`weight` [rows, cols], of any float dtype and finite in fp32, quantized row by row.
 
@@ -62,7 +66,7 @@ class Quantizer:
         scale = torch.empty(rows, used._num_scales(cols), dtype=SCALE_DTYPE)
         factor = used._feedback_factor(moments, cols) if self.gptq else None
         for chunk in _row_chunks(rows, cols, _FEEDBACK_CHUNK if self.gptq else _CHUNK):
-            values = weight[chunk].float()
+            values = weight[chunk].float().contiguous()
             _check_finite(values, chunk.start)
             if used.hadamard_block:
                 values = hadamard.turn(values, used.hadamard_block)
@@ -72,9 +76,8 @@ class Quantizer:
 
     def _for_row(self, cols: int) -> Quantizer:
         """Itself with the Hadamard block that fits the row; raises QuantizationError where the group does not."""
-        group = self._group_size(cols)
-        if cols % group:
-            raise QuantizationError(f"a group of {group} does not divide a row of {cols}")
+        if not self.fits(cols):
+            raise QuantizationError(f"a group of {self.group_size} does not divide a row of {cols}")
         return replace(self, hadamard_block=hadamard.block_for(cols, self.hadamard_block))
 
     def _group_size(self, cols: int) -> int:

@@ -11,9 +11,9 @@ from epic_quant import __version__
 from epic_quant.errors import EpicQuantError
 from epic_quant.report.blocks import Figure
 from epic_quant.report.markdown import render
-from epic_quant.report.reading import read_run
 from epic_quant.report.sections import comparison
 from epic_quant.report.writing import write_files
+from epic_quant.results.reading import read_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,6 +28,16 @@ class Point:
     y: float
 
 
+@dataclass(frozen=True)
+class Cell:
+    """A `drawable` value in a row and a column of a panel."""
+
+    panel: str
+    row: str
+    column: str
+    value: float
+
+
 # Okabe and Ito's colours, which people with any colour vision tell apart; their yellow is too pale on white,
 # and black is for the bounds.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -76,6 +86,26 @@ def time_over_bytes(points: Sequence[Point], bandwidth_gbs: float | None) -> str
 def hits_over_bytes(points: Sequence[Point], marks: Sequence[Point], bound: str) -> str:
     """Hit rate over resident MB, a panel for each trace; the series `bound` is drawn as a limit, `marks` as crosses."""
     return _svg(lambda: draw_hits_over_bytes(points, marks, bound))
+
+
+def divergence_over_bytes(points: Sequence[Point]) -> str:
+    """KL divergence in nats over bytes a token of the KV cache, a panel for each context length."""
+    return _svg(lambda: draw_divergence_over_bytes(points))
+
+
+def quality_over_bytes(points: Sequence[Point], front: Sequence[tuple[float, float]], floor: float | None) -> str:
+    """KL divergence over resident MB, with the Pareto front as (MB, divergence) and the noise floor as lines."""
+    return _svg(lambda: draw_quality_over_bytes(points, front, floor))
+
+
+def divergence_over_errors(points: Sequence[Point]) -> str:
+    """KL divergence over a cheaper error, a panel for each kind of error."""
+    return _svg(lambda: draw_divergence_over_errors(points))
+
+
+def heat_map(cells: Sequence[Cell]) -> str:
+    """Values as colours on one logarithmic scale and as numbers, a panel of rows and columns below the other."""
+    return _svg(lambda: draw_heat_map(cells))
 
 
 def draw_error_over_bits(points: Sequence[Point]) -> Figure:
@@ -172,6 +202,116 @@ def draw_hits_over_bytes(points: Sequence[Point], marks: Sequence[Point], bound:
     return figure
 
 
+def draw_divergence_over_bytes(points: Sequence[Point]) -> Figure:
+    """The figure of `divergence_over_bytes`, to be called inside `style`."""
+    panels = list(dict.fromkeys(point.panel for point in points))
+    num_columns = min(2, len(panels))
+    figure = _new_figure(math.ceil(len(panels) / num_columns), num_columns, len(panels), 4.6, 3.0)
+    looks = _looks(points)
+    for axes, panel in zip(figure.axes, panels, strict=True):
+        axes.set_title(panel, loc="left")
+        axes.set(xscale="log", yscale="log")
+        for series, look in looks.items():
+            inside = [(point.x, point.y) for point in points if (point.panel, point.series) == (panel, series)]
+            axes.plot([x for x, _ in inside], [y for _, y in inside], **look, linestyle="none", label=series)
+    # The panels share their axes.
+    figure.axes[0].set(xlim=_padded([point.x for point in points]), ylim=_padded([point.y for point in points]))
+    _plain_ticks(figure.axes, "x")
+    figure.supxlabel("bytes a token of the KV cache", fontsize=10)
+    figure.supylabel("KL divergence, nats a token", fontsize=10)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center")
+    return figure
+
+
+def draw_quality_over_bytes(
+    points: Sequence[Point], front: Sequence[tuple[float, float]], floor: float | None
+) -> Figure:
+    """The figure of `quality_over_bytes`, to be called inside `style`."""
+    figure = _new_figure(1, 1, 1, 6.4, 4.6)
+    (axes,) = figure.axes
+    axes.set_yscale("log")
+    axes.set_ylim(_padded([*(point.y for point in points), *([] if floor is None else [floor])]))
+    if front:
+        axes.plot(*zip(*front, strict=True), color="black", linewidth=1.0, label="Pareto front")
+    if floor is not None:
+        axes.axhline(floor, color=_GREY, linestyle=(0, (4, 2)), linewidth=1.2, label="bf16 compute")
+    for series, look in _looks(points).items():
+        inside = [(point.x, point.y) for point in points if point.series == series]
+        axes.plot([x for x, _ in inside], [y for _, y in inside], **look, linestyle="none", label=series)
+    _plain_ticks(figure.axes, "y", subs=(1.0,))
+    figure.supxlabel("resident MB", fontsize=10)
+    figure.supylabel("KL divergence, nats a token", fontsize=10)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center")
+    return figure
+
+
+def draw_divergence_over_errors(points: Sequence[Point]) -> Figure:
+    """The figure of `divergence_over_errors`, to be called inside `style`."""
+    from matplotlib.figure import Figure
+
+    panels = list(dict.fromkeys(point.panel for point in points))
+    num_columns = min(2, len(panels))
+    num_rows = math.ceil(len(panels) / num_columns)
+    figure = Figure(figsize=(4.6 * num_columns + 0.6, 3.2 * num_rows + 0.9), layout="constrained")
+    # Each error has a range of its own.
+    grid = figure.subplots(num_rows, num_columns, sharey=True, squeeze=False).flat
+    looks = _looks(points)
+    for axes, panel in zip(grid, panels, strict=False):
+        axes.set_title(panel, loc="left")
+        axes.set(xscale="log", yscale="log")
+        for series, look in looks.items():
+            inside = [(point.x, point.y) for point in points if (point.panel, point.series) == (panel, series)]
+            axes.plot([x for x, _ in inside], [y for _, y in inside], **look, linestyle="none", label=series)
+        axes.set_xlim(_padded([point.x for point in points if point.panel == panel]))
+    figure.axes[0].set_ylim(_padded([point.y for point in points]))
+    for axes in figure.axes[len(panels) :]:
+        axes.remove()
+    _plain_ticks(figure.axes, "x")
+    _plain_ticks(figure.axes, "y", subs=(1.0,))
+    figure.supxlabel("the cheaper error", fontsize=10)
+    figure.supylabel("KL divergence, nats a token", fontsize=10)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4)
+    return figure
+
+
+def draw_heat_map(cells: Sequence[Cell]) -> Figure:
+    """The figure of `heat_map`, to be called inside `style`."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    panels: dict[str, list[Cell]] = {}
+    for cell in cells:
+        panels.setdefault(cell.panel, []).append(cell)
+    rows = {panel: list(dict.fromkeys(cell.row for cell in inside)) for panel, inside in panels.items()}
+    columns = {panel: list(dict.fromkeys(cell.column for cell in inside)) for panel, inside in panels.items()}
+    widest, heights = max(map(len, columns.values())), [len(names) for names in rows.values()]
+    size = (2.4 + 0.75 * widest, 0.9 * len(panels) + 0.4 * sum(heights) + 0.3)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights}).flat
+    low, high = _padded([cell.value for cell in cells])
+    norm = LogNorm(low, high)
+    for axes, (panel, inside) in zip(grid, panels.items(), strict=True):
+        values = {(cell.row, cell.column): cell.value for cell in inside}
+        mesh = [[values.get((row, column), math.nan) for column in columns[panel]] for row in rows[panel]]
+        # A mesh is made of paths; an image would be a picture inside the SVG.
+        axes.pcolormesh(mesh, norm=norm, cmap="YlOrBr", edgecolors="white", linewidth=1.0)
+        for y, line in enumerate(mesh):
+            for x, value in enumerate(line):
+                dark = drawable(value) and norm(value) > 0.65
+                colour = "white" if dark else "black"
+                axes.text(x + 0.5, y + 0.5, significant(value, 2), ha="center", va="center", color=colour, fontsize=8)
+        axes.set_title(panel, loc="left")
+        axes.set_xticks([x + 0.5 for x in range(len(columns[panel]))], columns[panel], rotation=30, ha="right")
+        axes.set_yticks([y + 0.5 for y in range(len(rows[panel]))], rows[panel])
+        axes.tick_params(length=0)
+        axes.grid(visible=False)
+        axes.invert_yaxis()
+    return figure
+
+
 @contextmanager
 def style() -> Iterator[None]:
     """The defaults of matplotlib and our style, whatever the user's own settings are; raises ReportError without it."""
@@ -225,12 +365,12 @@ def _padded(values: Sequence[float]) -> tuple[float, float]:
     return min(values) / 1.6, max(values) * 1.6
 
 
-def _plain_ticks(all_axes: Sequence[Axes], which: str) -> None:
-    """Ticks at 1, 2 and 5 of every decade of a logarithmic axis, written as plain numbers."""
+def _plain_ticks(all_axes: Sequence[Axes], which: str, subs: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None:
+    """Ticks at `subs` of every decade of a logarithmic axis, written as plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     for axes in all_axes:
         axis = axes.xaxis if which == "x" else axes.yaxis
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_locator(LogLocator(subs=subs))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -8,6 +8,7 @@ from epic_quant.quant import quantizer
 
 PUBLISHED = {
     "absmax-ternary": (1, lambda ratio: (ratio > 0.33).astype(int) - (ratio < -0.33), 2, 1),
+    "absmax2": (2, lambda ratio: np.clip(np.round(ratio), -2, 1), 2, 2),
     "absmax3": (4, lambda ratio: np.clip(np.round(ratio), -4, 3), 4, 4),
     "absmax3-packed": (4, lambda ratio: np.clip(np.round(ratio), -4, 3), 3, 4),
     "absmax4": (7, lambda ratio: np.clip(np.round(ratio), -8, 7), 4, 8),

@@ -51,6 +51,12 @@ def test_rows_are_taken_apart(spec):
 
 
 @every_spec
+def test_a_transposed_view_is_quantized_as_its_copy_is(spec):
+    weight = gaussian(64, 5).T
+    assert torch.equal(quantizer(spec).quantize(weight).packed, quantizer(spec).quantize(weight.contiguous()).packed)
+
+
+@every_spec
 def test_the_same_weight_gives_the_same_bytes_whole_or_row_by_row(spec):
     weight = gaussian(4, 96)
     whole = quantizer(spec).quantize(weight)

@@ -111,15 +111,96 @@ def _ple_guard():
         yield _entry(Record("ple_guard", labels, metrics), 0.01)
 
 
+def _kv():
+    for layer_type, worse in (("sliding_attention", 1.0), ("full_attention", 2.0)):
+        for policy, bits, error in (
+            ("bf16", 16.0, 0.001),
+            ("int4", 4.25, 0.06),
+            ("original", 2.75, 0.3),
+            ("original-inverted", 2.75, 0.15),
+            ("p-rope", 2.7, 0.12),
+        ):
+            metrics = {"k_rel_l2": error * 2, "v_rel_l2": error * 3, "logit_rms": error * 5}
+            metrics |= {"attention_rel_l2": error * worse, "nbytes": 32 * bits, "bits_per_value": bits}
+            metrics |= {"append_s": 2e-5, "read_s": 4e-8}
+            details = {"spec": f"k={policy}/v={policy}", "dense_append_s": 1e-5, "dense_read_s": 1e-9}
+            yield _entry(Record("kv", {"kv_policy": policy, "layer_type": layer_type}, metrics, details), 1e-4)
+
+
+def _kv_divergence():
+    for policy, nbytes, divergence in (
+        ("fp32", 8000, 1e-14),
+        ("bf16", 4000, 1e-6),
+        ("int4", 1060, 0.01),
+        ("original", 700, 0.2),
+        ("p-rope", 690, 0.05),
+    ):
+        # As text 1024 comes before 128; the section must know better.
+        for context, factor in (("1024", 2.0), ("128", 1.0)):
+            metrics = {"kl_divergence": divergence * factor, "nbytes": nbytes / factor}
+            yield _entry(Record("kv_divergence", {"kv_policy": policy, "context": context}, metrics), 1e-3)
+
+
+def _kv_bytes():
+    published = {"sliding_attention_claimed": 4.0, "sliding_attention_arithmetic": 4.0}
+    published |= {"full_attention_claimed": 5.8, "full_attention_arithmetic": 6.4}
+    for model in ("this checkpoint", "E4B"):
+        for policy, divisor in (("bf16", 1.0), ("original", 5.0)):
+            for tokens in (131_072, 1024):
+                nbytes = 16_384 * tokens / divisor
+                details = {
+                    "all_layers_nbytes": nbytes * 1.75,
+                    "parts": {"sliding_attention": nbytes / 4, "full_attention": 3 * nbytes / 4},
+                }
+                details |= {"published": published} if (model, policy) == ("E4B", "original") else {}
+                labels = {"kv_policy": policy, "model": model, "tokens": str(tokens)}
+                yield _entry(Record("kv_bytes", labels, {"nbytes": nbytes}, details), 1e-3)
+
+
+RECIPE = "sliding_attention=int3-g128,mlp=int4-g128,kv=bf16,ple=lru:5000"
+
+
+def _quality():
+    for policy, resident, divergence in (
+        ("bf16", 42_900_000, 0.0),
+        ("bf16-compute", None, 2e-5),
+        ("original-1.58", 25_800_000, 0.5),
+        ("int4-g128", 26_700_000, 0.02),
+        (RECIPE, 26_500_000, 0.03),
+    ):
+        metrics = {"kl_divergence": divergence, "kl_se": divergence / 20, "kl_median": divergence / 2}
+        metrics |= {"kl_p90": 3 * divergence, "kl_p99": 9 * divergence, "kl_max": 40 * divergence}
+        metrics |= {"perplexity": 20.0 * (1 + divergence), "perplexity_se": 0.3, "top1_agreement": 0.97}
+        metrics |= {"rms_delta_p": 0.015, "resident_nbytes": resident, "nbytes": 20_000_000}
+        yield _entry(Record("quality", {"policy": policy}, metrics), 1.0)
+
+
+def _sensitivity():
+    for text, factor in (("evaluation", 1.1), ("calibration", 1.0)):
+        for tensor_class, whole, divergence in (("sliding_attention", 5_200_000, 0.01), ("mlp", 14_200_000, 0.008)):
+            for spec, bits, worse in (("int4-g128", 4.125, 1.0), ("int3-g128", 3.125, 1.7)):
+                nbytes = round(whole * bits / 16)
+                value, saved = divergence * worse * factor, whole - nbytes
+                metrics = {"kl_divergence": value, "kl_se": value / 20}
+                metrics |= {"saved_nbytes": saved, "kl_per_mb": 1e6 * value / saved}
+                labels = {"tensor_class": tensor_class, "spec": spec, "text": text}
+                yield _entry(Record("sensitivity", labels, metrics, {"nbytes": nbytes}), 1.0)
+
+
 SUBJECTS = {
     "footprint": _footprint,
     "weights": _weights,
     "ladder": _ladder,
     "synthetic": _synthetic,
     "block": _block,
+    "quality": _quality,
+    "sensitivity": _sensitivity,
     "ple_hits": _ple_hits,
     "ple_speed": _ple_speed,
     "ple_guard": _ple_guard,
+    "kv": _kv,
+    "kv_divergence": _kv_divergence,
+    "kv_bytes": _kv_bytes,
 }
 
 

@@ -5,8 +5,8 @@ import pytest
 from epic_quant.errors import ReportError
 from epic_quant.records import JSON_KEY
 from epic_quant.report.blocks import Bullets, Figure, Paragraph, Table
-from epic_quant.report.reading import read_run
 from epic_quant.report.sections import comparison
+from epic_quant.results.reading import read_run
 
 
 @pytest.fixture

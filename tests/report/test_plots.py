@@ -10,9 +10,13 @@ from epic_quant.report.plots import Point
 
 POINTS = [Point(panel, series, 2.0 + index, 0.4 / (1 + index)) for panel in "ab" for index, series in enumerate("xyz")]
 DRAWINGS = {
+    "quality over bytes": lambda points: plots.quality_over_bytes(points, [(1.0, 0.5), (2.0, 0.1)], 0.01),
+    "divergence over errors": lambda points: plots.divergence_over_errors(points),
+    "heat map": lambda points: plots.heat_map([plots.Cell(p.panel, p.series, "column", p.y) for p in points]),
     "error over bits": lambda points: plots.error_over_bits(points),
     "time over bytes": lambda points: plots.time_over_bytes(points, 12.5),
     "time over bytes, bandwidth unknown": lambda points: plots.time_over_bytes(points, None),
+    "divergence over bytes": lambda points: plots.divergence_over_bytes(points),
 }
 
 
@@ -52,6 +56,17 @@ def test_points_lie_where_their_values_are():
             assert drawn[point.series] == ([point.x], [point.y])
 
 
+def test_divergences_lie_where_their_values_are_on_logarithmic_axes():
+    with plots.style():
+        figure = plots.draw_divergence_over_bytes(POINTS)
+    for axes, panel in zip(figure.axes, "ab", strict=True):
+        assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+        drawn = {line.get_label(): (line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines}
+        assert drawn == {point.series: (point.x, point.y) for point in POINTS if point.panel == panel}
+        (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+        assert all(left < x < right and bottom < y < top for x, y in drawn.values())
+
+
 def test_the_bandwidth_line_is_bytes_over_bandwidth():
     with plots.style():
         figure = plots.draw_time_over_bytes(POINTS, 12.5)
@@ -70,3 +85,34 @@ def test_without_matplotlib_the_extra_is_named(draw, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.style", None)
     with pytest.raises(ReportError, match=r"epic-quant\[report\]"):
         draw(POINTS)
+
+
+def test_the_front_and_the_noise_are_drawn_where_they_are():
+    with plots.style():
+        figure = plots.draw_quality_over_bytes(POINTS, [(1.0, 0.5), (2.0, 0.1)], 0.01)
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    assert list(lines["Pareto front"].get_xdata()) == [1.0, 2.0]
+    assert set(lines["bf16 compute"].get_ydata()) == {0.01}
+
+
+def test_a_heat_map_has_a_number_in_every_cell_and_none_where_nothing_was_measured():
+    cells = [plots.Cell("p", "mlp", "int4", 0.0123), plots.Cell("p", "embedding", "int3", 4.0)]
+    with plots.style():
+        (axes,) = plots.draw_heat_map(cells).axes
+    written = {tuple(text.get_position()): text.get_text() for text in axes.texts}
+    assert written == {(0.5, 0.5): "0.012", (1.5, 0.5): "—", (0.5, 1.5): "—", (1.5, 1.5): "4.0"}
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["mlp", "embedding"]
+
+
+def test_every_error_has_its_own_axis():
+    with plots.style():
+        figure = plots.draw_divergence_over_errors([Point("a", "s", 1e-3, 0.1), Point("b", "s", 1e3, 0.1)])
+    assert [axes.get_xlim()[0] < x < axes.get_xlim()[1] for axes, x in zip(figure.axes, (1e-3, 1e3), strict=True)] == [
+        True,
+        True,
+    ]
+
+
+@pytest.mark.parametrize("name", ["quality over bytes", "divergence over errors", "heat map"])
+def test_no_number_is_written_as_markup(name):
+    assert "mathdefault" not in DRAWINGS[name](POINTS)

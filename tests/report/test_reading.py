@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from epic_quant.errors import ReportError
 from epic_quant.records import JSON_KEY, SCHEMA_VERSION
-from epic_quant.report.reading import read_run
+from epic_quant.results.reading import read_run
 
 COMMAND = "pytest benchmarks --benchmark-json out.json"
 

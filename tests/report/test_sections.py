@@ -4,9 +4,9 @@ from epic_quant.errors import ReportError
 from epic_quant.records import JSON_KEY
 from epic_quant.report import plots
 from epic_quant.report.blocks import Bullets, Figure, Heading, Paragraph, Table
-from epic_quant.report.reading import read_run
 from epic_quant.report.sections import SECTIONS, comparison
 from epic_quant.report.sections.weights import scheme
+from epic_quant.results.reading import read_run
 
 
 @pytest.fixture(autouse=True)
@@ -14,6 +14,9 @@ def undrawn(monkeypatch):
     """Plots have tests of their own, and take most of the time."""
     monkeypatch.setattr(plots, "error_over_bits", lambda points: "<svg/>")
     monkeypatch.setattr(plots, "time_over_bytes", lambda points, bandwidth: "<svg/>")
+    for name in ("quality_over_bytes", "divergence_over_errors", "heat_map"):
+        monkeypatch.setattr(plots, name, lambda *drawn: "<svg/>")
+    monkeypatch.setattr(plots, "divergence_over_bytes", lambda points: "<svg/>")
 
 
 @pytest.fixture
@@ -52,7 +55,9 @@ def change_records(data, subject, change):
 def test_sections_come_in_order(run_json, report):
     titles = [block.text for block in report(run_json()) if isinstance(block, Heading) and block.level == 2]
     sections = ["Footprint", "Weights", "Ladder", "Synthetic weights", "Blocks"]
+    sections += ["Quality", "Sensitivity", "Recipes"]
     sections += ["PLE row cache: hits", "PLE row cache: speed", "PLE below eight bits"]
+    sections += ["KV cache: errors", "KV cache: divergence", "KV cache: bytes"]
     assert titles == ["Findings", *sections, "How this was measured"]
 
 
@@ -72,7 +77,7 @@ def test_the_first_line_says_whose_weights_they_are(kind, said, run_json, report
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.title)
 def test_a_subject_that_did_not_run_says_how_to_run_it(section, run_json, report):
-    others = [other.subject for other in SECTIONS if other is not section]
+    others = [other.subject for other in SECTIONS if other.subject != section.subject]
     (block,) = under(report(run_json(*others)), section.title)
     assert block == Paragraph(f"Not run. To run it: `pytest {section.benchmark} --benchmark-json out.json`")
 
@@ -282,7 +287,7 @@ def test_the_fastest_and_slowest_blocks_are_found(run_json, report):
 
 def test_every_figure_has_a_text_and_a_name_of_its_own(run_json, report):
     figures = [block for block in report(run_json()) if isinstance(block, Figure)]
-    assert len(figures) == len({figure.file_name for figure in figures}) == 4
+    assert len(figures) == len({figure.file_name for figure in figures}) == 8
     assert all(len(figure.alt) > 40 for figure in figures)
 
 

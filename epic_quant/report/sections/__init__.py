@@ -8,8 +8,20 @@ from dataclasses import dataclass
 
 from epic_quant.errors import ReportError
 from epic_quant.report.blocks import Block, Bullets, Heading, Paragraph, code
-from epic_quant.report.run import Run
-from epic_quant.report.sections import block, footprint, ladder, ple, provenance, synthetic, weights
+from epic_quant.report.sections import (
+    block,
+    footprint,
+    kv,
+    ladder,
+    ple,
+    provenance,
+    quality,
+    recipe,
+    sensitivity,
+    synthetic,
+    weights,
+)
+from epic_quant.results.run import Run
 
 
 @dataclass(frozen=True)
@@ -68,6 +80,16 @@ SECTIONS = (
         block.blocks,
         block.findings,
     ),
+    Section("Quality", "quality", ("policy",), "benchmarks/test_quality.py", quality.blocks, quality.findings),
+    Section(
+        "Sensitivity",
+        "sensitivity",
+        ("tensor_class", "spec", "text"),
+        "benchmarks/test_quality.py",
+        sensitivity.blocks,
+        sensitivity.findings,
+    ),
+    Section("Recipes", "quality", ("policy",), "benchmarks/test_quality.py", recipe.blocks, recipe.findings),
     Section(
         "PLE row cache: hits",
         "ple_hits",
@@ -91,6 +113,30 @@ SECTIONS = (
         "benchmarks/test_ple.py",
         ple.guard_blocks,
         ple.guard_findings,
+    ),
+    Section(
+        "KV cache: errors",
+        "kv",
+        ("kv_policy", "layer_type"),
+        "benchmarks/test_kv.py",
+        kv.error_blocks,
+        kv.error_findings,
+    ),
+    Section(
+        "KV cache: divergence",
+        "kv_divergence",
+        ("kv_policy", "context"),
+        "benchmarks/test_kv.py",
+        kv.divergence_blocks,
+        kv.divergence_findings,
+    ),
+    Section(
+        "KV cache: bytes",
+        "kv_bytes",
+        ("kv_policy", "model", "tokens"),
+        "benchmarks/test_kv.py",
+        kv.bytes_blocks,
+        kv.bytes_findings,
     ),
 )
 

@@ -6,8 +6,8 @@ from epic_quant.errors import ReportError
 from epic_quant.report import plots
 from epic_quant.report.blocks import Block, Figure, Heading, Paragraph, Table, code
 from epic_quant.report.formatting import megabytes, milliseconds, percent, quotient, significant, times
-from epic_quant.report.run import Run
 from epic_quant.report.sections.footprint import resident_nbytes
+from epic_quant.results.run import Run
 
 REFERENCE = "bf16"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from epic_quant.records import Record
 from epic_quant.report.blocks import Block, Bullets, Heading, Paragraph, Table, code
 from epic_quant.report.formatting import MISSING, megabytes, times
-from epic_quant.report.run import Run
+from epic_quant.results.run import Run
 
 _EXPLANATION = (
     "As published: the original's sum, which counts the K and V projections that no layer reads, and leaves out the "

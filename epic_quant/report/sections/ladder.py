@@ -7,8 +7,8 @@ import math
 from epic_quant.records import Record
 from epic_quant.report.blocks import Block, Heading, Paragraph, Table, code
 from epic_quant.report.formatting import significant
-from epic_quant.report.run import Run
 from epic_quant.report.sections.weights import error_figure
+from epic_quant.results.run import Run
 
 CONTROL = "gaussian control"
 

@@ -12,7 +12,7 @@ from epic_quant.records import Record
 from epic_quant.report import plots
 from epic_quant.report.blocks import Block, Figure, Heading, Paragraph, Table, code
 from epic_quant.report.formatting import MISSING, megabytes, quotient, significant, times
-from epic_quant.report.run import Run
+from epic_quant.results.run import Run
 
 OPTIMUM = "optimum"
 LOWEST_IDS = "static, lowest ids"

@@ -7,7 +7,7 @@ from typing import Any
 from epic_quant import __version__
 from epic_quant.report.blocks import Block, Paragraph, Table, code
 from epic_quant.report.formatting import MISSING, megabytes, significant
-from epic_quant.report.run import Run
+from epic_quant.results.run import Run
 
 _NOT_E4B = {
     "trained-small": "The weights are those of the small model trained for this repository, not of Gemma 4 E4B: "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from epic_quant.report.blocks import Block, Paragraph, Table, code
 from epic_quant.report.formatting import MISSING, quotient, significant, times
 from epic_quant.report.gaussian import shannon
-from epic_quant.report.run import Run
+from epic_quant.results.run import Run
 
 GAUSSIAN = "Gaussian"
 ORIGINAL = "absmax4"

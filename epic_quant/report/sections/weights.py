@@ -9,7 +9,7 @@ from epic_quant.records import Record
 from epic_quant.report import plots
 from epic_quant.report.blocks import Block, Figure, Heading, Paragraph, Table, code
 from epic_quant.report.formatting import MISSING, quotient, significant, times
-from epic_quant.report.run import Run
+from epic_quant.results.run import Run
 
 # Beyond, errors are too small to tell schemes apart, and the axis would be mostly empty.
 _MAX_DRAWN_BITS = 6.0

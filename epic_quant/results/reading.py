@@ -11,12 +11,13 @@ from typing import Any
 
 from epic_quant.errors import ReportError
 from epic_quant.records import JSON_KEY, SCHEMA_VERSION, Record
-from epic_quant.report.run import Run
+from epic_quant.results.run import Run
 
 HOW_TO_MAKE_ONE = "make one with: pytest benchmarks --benchmark-json out.json"
 
-# What sections read of the facts and of a record's details, where it is there.
+# What is read of the facts and of a record's details, where it is there.
 _NUMBERS = ("read_bandwidth_gbs", "nbytes", "dead_nbytes")
+_NAMES = ("policies", "layer_types")
 _MAPPINGS = ("versions", "policy_strings")
 _NUMBERS_BY_NAME = ("parts", "published", "tensors")
 
@@ -70,8 +71,9 @@ def _check_facts(path: Path, facts: Mapping[str, Any]) -> None:
         raise ReportError(f"{path}: does not say whose weights were measured ('checkpoint' with 'source' and 'kind')")
     try:
         _check_numbers("facts", {name: {**checkpoint, **facts}.get(name) for name in _NUMBERS})
-        if not _is_text_list(facts.get("policies", [])):
-            raise TypeError("policies must be a list of names")
+        for name in _NAMES:
+            if not _is_text_list(facts.get(name, [])):
+                raise TypeError(f"{name} must be a list of names")
         for name in _MAPPINGS:
             if not isinstance(facts.get(name, {}), dict):
                 raise TypeError(f"{name} must be an object")

@@ -1,0 +1,191 @@
+"""Find the KV policies `p-rope` and `p-rope-4`: the least error of the attention output within a budget of bytes.
+
+    python benchmarks/search_kv.py [--checkpoint SOURCE]
+
+It looks at calibration text alone; what is reported of the policies found comes from evaluation text. Errors of parts
+of K and of V that are small and stored apart add up in squares, nearly: so every part is tried by itself, all sums are
+ranked, and the best of them are tried whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from epic_quant.checkpoint import Checkpoint
+from epic_quant.errors import EpicQuantError
+from epic_quant.gemma4.config import FULL, SLIDING, TextConfig
+from epic_quant.gemma4.weights import CheckpointWeights
+from epic_quant.kv import NAMED, KVPolicy
+from epic_quant.kv.error import Judge, capture
+from epic_quant.text import token_windows
+
+HERE = Path(__file__).parent
+E4B = TextConfig.from_json(json.loads((HERE / "facts" / "gemma-4-E4B.config.json").read_text(encoding="utf-8")))
+WHERE = {FULL: "full", SLIDING: "sliding"}
+
+# Bytes are counted on the texts themselves, and on E4B where the most tokens wait for their block to fill: before the
+# last one of a power of two.
+E4B_TOKENS = 8191
+MAX_BITS = 4.25
+
+BITS = (2, 3, 4, 5, 6)
+BY_TOKEN = [
+    *(f"int{bits}{rest}" for bits in BITS for rest in ("", "+had512")),
+    *(f"codebook{bits}{rest}" for bits in (2, 3, 4) for rest in ("", "+had512")),
+]
+BY_CHANNEL = [
+    f"{scheme}@{block}"
+    for scheme in (*(f"int{bits}" for bits in BITS), *(f"codebook{bits}" for bits in (2, 3, 4)))
+    for block in (64, 128)
+]
+# What is left unquantized. The first tokens draw much attention, whatever they are, and cost next to nothing; the
+# newest are looked at most.
+KEPT = {FULL: ("first=4", "first=4/recent=32"), SLIDING: ("", "recent=16")}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What was stored how, on one layer type, and what came of it."""
+
+    parts: Mapping[str, str]  # "k.rotated" to "int4@64", …
+    kept: str
+    squared_error: float  # of the attention output, relative
+    bits: tuple[float, ...]  # a value, in each of the search's places
+
+
+class Search:
+    """Trials on the layers of one type; bytes must fit in all `places`, a config and a number of tokens each."""
+
+    def __init__(self, judge: Judge, layer_type: str, places: list[tuple[TextConfig, int]]) -> None:
+        self.judge, self.layer_type, self.where = judge, layer_type, WHERE[layer_type]
+        self.places = [
+            (replace(config, layers=tuple(spec for spec in config.layers if spec.layer_type == layer_type)), tokens)
+            for config, tokens in places
+        ]
+
+    def policy(self, parts: Mapping[str, str], kept: str) -> KVPolicy:
+        """The policy that stores these parts so and leaves all else, the other layer type included, in bf16."""
+        said = [f"{self.where}.{part}={spec}" for part, spec in parts.items()]
+        return KVPolicy.parse("/".join([*said, *(f"{self.where}.{keep}" for keep in kept.split("/") if keep)]))
+
+    def bits(self, policy: KVPolicy) -> tuple[float, ...]:
+        """Bits a value of K or V in each place."""
+        return tuple(
+            16 * policy.nbytes(config, tokens) / NAMED["bf16"].nbytes(config, tokens) for config, tokens in self.places
+        )
+
+    def trial(self, parts: Mapping[str, str], kept: str) -> Trial:
+        """Measure it."""
+        policy = self.policy(parts, kept)
+        return Trial(parts, kept, self.judge.error(policy).attention_rel_l2 ** 2, self.bits(policy))
+
+    def options(self, part: str, kept: str) -> list[Trial]:
+        """Every scheme on one part alone, without those that another is not larger and not worse than.
+
+        Bits are those that the part adds to a cache without it.
+        """
+        share = self._share(part)
+        tried = []
+        for spec in (*BY_TOKEN, *BY_CHANNEL):
+            trial = self.trial({part: spec}, kept)
+            added = tuple(bits - 16 * (1 - its) for bits, its in zip(trial.bits, share, strict=True))
+            tried.append(replace(trial, bits=added))
+        return [one for one in tried if not any(_beats(other, one) for other in tried)]
+
+    def _share(self, part: str) -> tuple[float, ...]:
+        """What part of all values it is, in each place: found by storing it in twice the bits."""
+        return tuple(bits / 16 - 1 for bits in self.bits(self.policy({part: "fp32"}, "")))
+
+    def sums(self) -> Iterator[Trial]:
+        """All ways to store K, whole or its rotated and other dims apart, with all to store V; errors are sums."""
+        for kept in KEPT[self.layer_type]:
+            whole = [(trial,) for trial in self.options("k", kept)]
+            apart: list[tuple[Trial, ...]] = []
+            if self.layer_type == FULL:
+                apart = list(itertools.product(self.options("k.rotated", kept), self.options("k.unrotated", kept)))
+            for keys, values in itertools.product([*whole, *apart], self.options("v", kept)):
+                trials = (*keys, values)
+                yield Trial(
+                    {part: spec for trial in trials for part, spec in trial.parts.items()},
+                    kept,
+                    sum(trial.squared_error for trial in trials),
+                    tuple(sum(bits) for bits in zip(*(trial.bits for trial in trials), strict=True)),
+                )
+
+    def best(self, sums: list[Trial], budget: tuple[float, ...], tried: int) -> list[Trial]:
+        """The best sums within the budget, measured whole, those that then keep to it, the best first."""
+        within = sorted((one for one in sums if _fits(one, budget)), key=lambda one: one.squared_error)
+        whole = (self.trial(one.parts, one.kept) for one in within[:tried])
+        return sorted((one for one in whole if _fits(one, budget)), key=lambda one: one.squared_error)
+
+
+def _beats(other: Trial, one: Trial) -> bool:
+    """Whether the other is no larger anywhere and less wrong."""
+    return other.squared_error < one.squared_error and all(a <= b for a, b in zip(other.bits, one.bits, strict=True))
+
+
+def _fits(one: Trial, budget: tuple[float, ...]) -> bool:
+    return all(bits <= most + 1e-9 for bits, most in zip(one.bits, budget, strict=True))
+
+
+def search(checkpoint: Checkpoint, text: Path, num_windows: int, window_tokens: int, tried: int) -> None:
+    """Print, for each layer type and budget, the best policies with their errors, and both whole policies."""
+    weights = CheckpointWeights(checkpoint)
+    config = weights.config
+    window_tokens = min(window_tokens, config.max_position_embeddings)
+    texts = [capture(weights, window) for window in token_windows(checkpoint, text, num_windows, window_tokens)]
+    found: dict[str, list[str]] = {"p-rope": [], "p-rope-4": []}
+    for layer_type in (FULL, SLIDING):
+        one = Search(Judge(texts, layer_type), layer_type, [(config, window_tokens), (E4B, E4B_TOKENS)])
+        sums = list(one.sums())
+        budgets = {"p-rope": one.bits(NAMED["original"]), "p-rope-4": (MAX_BITS,) * 2}
+        print(f"\n{layer_type}: {len(sums):,} combinations")
+        for name in ("original", "original+ls", "original-inverted", "int4", "int4+had", "per-channel-k"):
+            print(_line(name, one.judge.error(NAMED[name]).attention_rel_l2, one.bits(NAMED[name])))
+        for name, budget in budgets.items():
+            print(f"  {name}, at most {_bits(budget)}:")
+            best = one.best(sums, budget, tried)
+            for trial in best[:5]:
+                print(_line(one.policy(trial.parts, trial.kept).name, trial.squared_error**0.5, trial.bits))
+            if best:
+                found[name].append(one.policy(best[0].parts, best[0].kept).name)
+    print()
+    for name, parts in found.items():
+        print(f"{name}: {KVPolicy.parse('/'.join(parts)).name if parts else 'nothing fits'}")
+
+
+def _bits(bits: tuple[float, ...]) -> str:
+    own, e4b = bits
+    return f"{own:.3f} bits a value here, {e4b:.3f} on E4B"
+
+
+def _line(name: str, error: float, bits: tuple[float, ...]) -> str:
+    return f"    {error:.4f}  {_bits(bits)}  {name}"
+
+
+def main() -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default=HERE / "mini_gemma4", metavar="SOURCE", help="file, folder or hub id")
+    parser.add_argument("--text", type=Path, default=HERE / "mini_gemma4" / "calibration.txt", metavar="FILE")
+    parser.add_argument("--windows", type=int, default=1, metavar="N", help="windows of the text (1)")
+    parser.add_argument("--window-tokens", type=int, default=2048, metavar="N", help="tokens of each (2048)")
+    parser.add_argument("--tried", type=int, default=24, metavar="N", help="combinations measured whole (24)")
+    options = parser.parse_args()
+    try:
+        with Checkpoint.open(options.checkpoint) as checkpoint:
+            search(checkpoint, options.text, options.windows, options.window_tokens, options.tried)
+    except EpicQuantError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

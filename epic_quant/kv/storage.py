@@ -1,0 +1,92 @@
+"""How some dims of a head are stored, and how the K and V of a layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from epic_quant.errors import SpecError, unknown
+from epic_quant.quant import SCHEMES, Quantizer, quantizer
+
+# Dtypes in which K and V are stored as they are.
+PLAIN = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_NAMES = sorted({*SCHEMES, *PLAIN})
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A plain dtype, or a quantizer and along what its groups run: `SCHEME[-gGROUP][+hadBLOCK][@BLOCK]`.
+
+    Without `block` every token and head has its own scales, one for every group of dims; with it every channel has one
+    scale for `block` tokens. A quantizer's Hadamard turn is over the dims in either case. Raises SpecError for settings
+    that contradict each other.
+    """
+
+    how: Quantizer | torch.dtype
+    block: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.how, torch.dtype):
+            if self.how not in PLAIN.values() or self.block is not None:
+                raise SpecError(f"{self}: what is not quantized is stored as {' or '.join(PLAIN)}, without a block")
+        elif self.how.gptq:
+            raise SpecError(f"{self}: +gptq needs a layer's inputs, which a cache does not see")
+        elif self.how.scheme.scales_per_group == 0:
+            raise SpecError(f"{self}: {self.how.scheme.name} is given as torch.bfloat16")
+        elif self.block is not None and self.how.group_size is not None:
+            raise SpecError(f"{self}: scales are either for groups of dims or for blocks of tokens, not for both")
+        # Eight codes of any width are whole bytes.
+        if self.block is not None and (self.block < 1 or self.block % 8):
+            raise SpecError(f"{self}: a block of tokens must be a multiple of 8")
+
+    @classmethod
+    def parse(cls, text: str) -> Storage:
+        """Read `int4-g64+had128`, `int4@64`, `bf16` …; `str` is the inverse. Raises SpecError on any other text."""
+        if text in PLAIN:
+            return cls(PLAIN[text])
+        if not begins_with_a_scheme(text):
+            raise SpecError(unknown("scheme", text, _NAMES))
+        if not begins_with_a_scheme(text, SCHEMES.keys() - PLAIN):
+            raise SpecError(f"{text}: what is not quantized takes no group, hadamard or block")
+        spec, at, block = text.partition("@")
+        if at and not re.fullmatch("[1-9][0-9]{0,8}", block):
+            raise SpecError(f"{text}: {block!r} is not a number of tokens")
+        return cls(quantizer(spec), int(block) if at else None)
+
+    def __str__(self) -> str:
+        if isinstance(self.how, torch.dtype):
+            spec = next((name for name, dtype in PLAIN.items() if dtype == self.how), str(self.how))
+        else:
+            spec = self.how.spec
+        return spec if self.block is None else f"{spec}@{self.block}"
+
+
+def begins_with_a_scheme(text: str, names: Iterable[str] = _NAMES) -> bool:
+    """Whether text is the name of a scheme or dtype, or has options after it."""
+    return any(text == name or text.startswith((f"{name}-", f"{name}+", f"{name}@")) for name in names)
+
+
+BF16 = Storage(torch.bfloat16)
+
+# A head is stored whole, or the dims that turn with position and the others each in a way of their own.
+Head = tuple[Storage] | tuple[Storage, Storage]
+
+
+@dataclass(frozen=True)
+class LayerPolicy:
+    """How layers of one type store K and V, and how many of the newest and of the first tokens they do not quantize.
+
+    A head given as one storage is stored whole; as two, the dims that RoPE turns and the others apart.
+    """
+
+    k: Head = (BF16,)
+    v: Head = (BF16,)
+    recent: int = 0
+    first: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.recent, self.first) < 0:
+            raise SpecError(f"{min(self.recent, self.first)} is no number of tokens to leave unquantized")

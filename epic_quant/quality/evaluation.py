@@ -1,0 +1,145 @@
+"""Evaluating policies: passes over the file, each measured at its end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from epic_quant.checkpoint import Checkpoint
+from epic_quant.errors import SpecError, TokenError
+from epic_quant.gemma4.config import TextConfig
+from epic_quant.gemma4.model import check_token_ids
+from epic_quant.policy import Policy
+from epic_quant.quality import resume as resuming
+from epic_quant.quality.measures import Quality, TokenMeasures
+from epic_quant.quality.passes import Memory, default_memory_nbytes, passes, work
+from epic_quant.quality.stream import Stream
+from epic_quant.quality.variants import NOISE_FLOOR, Variant, with_reference
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `measure` found for each variant, and where it went on if an earlier run had been stopped."""
+
+    tokens: Mapping[str, TokenMeasures]
+    resumed_after: str | None = None
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    policies: Mapping[str, Policy | Variant],
+    windows: Tensor,
+    *,
+    moments: Mapping[str, Tensor] | None = None,
+    memory_nbytes: int | None = None,
+    resume: Path | None = None,
+    progress: bool | None = False,
+) -> dict[str, Quality]:
+    """The quality of every policy, and of two more: the reference, `bf16`, and the noise floor, `bf16-compute`.
+
+    The reference computes in fp32 from the checkpoint's own weights and keeps K and V in fp32; so does every policy
+    but for what it quantizes. The noise floor is the reference computed in bf16. All else as `measure`.
+    """
+    if NOISE_FLOOR in policies:
+        raise SpecError(f"{NOISE_FLOOR!r} is the noise floor; give {policies[NOISE_FLOOR]} another name")
+    named = {**policies, NOISE_FLOOR: noise_floor()}
+    found = measure(
+        checkpoint, named, windows, moments=moments, memory_nbytes=memory_nbytes, resume=resume, progress=progress
+    )
+    return {name: tokens.quality() for name, tokens in found.tokens.items()}
+
+
+def noise_floor() -> Variant:
+    """The checkpoint's own weights, computed in bf16."""
+    return Variant(Policy(NOISE_FLOOR, {}), dtype=torch.bfloat16)
+
+
+@torch.inference_mode()
+def measure(
+    checkpoint: Checkpoint,
+    policies: Mapping[str, Policy | Variant],
+    windows: Tensor,
+    *,
+    moments: Mapping[str, Tensor] | None = None,
+    memory_nbytes: int | None = None,
+    resume: Path | None = None,
+    progress: bool | None = False,
+) -> Evaluation:
+    """What every policy, and the reference as `bf16`, predicts of each token of `windows`, int64 [N, T] from BOS on.
+
+    The policies go through the file together, or in as many passes as `memory_nbytes` makes necessary (by default half
+    of what is free); that changes no bit of the result. `moments` are what `+gptq` is fitted with. With `resume`, what
+    the run has come to is kept in that file after every layer, and a run that finds it there goes on and says so on
+    stderr. `progress` None shows a bar where stderr is a terminal.
+
+    Raises TokenError for windows that do not begin with BOS, are too short, or do not fit in the memory; SpecError for
+    another policy called `bf16`; QuantizationError for weights that cannot be quantized as asked; CheckpointError for a
+    damaged checkpoint or state, and it, SpecError or TokenError for the state of another run.
+    """
+    config = TextConfig.read(checkpoint)
+    check_windows(windows, config)
+    windows, moments = windows.long(), moments or {}
+    variants = with_reference(policies, config)
+    memory = Memory(config, *windows.shape)
+    at = resuming.Progress(passes(variants, memory, memory_nbytes or default_memory_nbytes()))
+    resumed_after = None
+    identity = None
+    if resume is not None:
+        identity = resuming.Identity.of(checkpoint, variants, windows, moments)
+        if (found := resuming.load(resume, identity, config)) is not None:
+            at, resumed_after = found, str(found)
+            print(f"{resume}: goes on after {resumed_after}", file=sys.stderr)
+
+    def keep() -> None:
+        if resume is not None and identity is not None:
+            resuming.save(resume, identity, at)
+
+    multiplications = [
+        work([variants[name] for name in batch], config, *windows.shape) for batch in at.batches[at.index :]
+    ]
+    # In units of a billion, so that the bar's own numbers stay short.
+    with tqdm(
+        total=sum(map(sum, multiplications)) / 1e9,
+        initial=sum(multiplications[0][: at.layers]) / 1e9 if multiplications else 0,
+        disable=None if progress is None else not progress,
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left",
+    ) as bar:
+        for done in multiplications:
+            batch = at.batches[at.index]
+            stream = Stream(checkpoint, {name: variants[name] for name in batch}, windows, moments)
+            if at.layers:
+                stream.resume(at.states)
+            else:
+                stream.begin()
+            where = f"{len(batch)} policies, pass {at.index + 1} of {len(at.batches)}"
+            for spec in config.layers[at.layers :]:
+                bar.set_description(f"layer {spec.index + 1} of {config.num_layers}, {where}")
+                stream.layer(spec)
+                at.layers, at.states = spec.index + 1, stream.states
+                keep()
+                bar.update(done[spec.index] / 1e9)
+            bar.set_description(f"head, {where}")
+            at.done.update({name: tokens for name, tokens in stream.measures().items() if name not in at.done})
+            at.index, at.layers, at.states = at.index + 1, 0, []
+            keep()
+            bar.update(done[-1] / 1e9)
+    return Evaluation({name: at.done[name] for name in variants}, resumed_after)
+
+
+def check_windows(windows: Tensor, config: TextConfig) -> None:
+    """Raise TokenError unless these are ids [N, T] that the model has, each row BOS and at least one token more."""
+    check_token_ids(windows, config)
+    if windows.shape[1] < 2:
+        raise TokenError(f"windows of {windows.shape[1]} token have nothing to predict; expected 2 tokens or more")
+    strange = (windows[:, 0] != config.bos_token_id).nonzero()
+    if len(strange):
+        window = int(strange[0])
+        raise TokenError(
+            f"window {window} begins with token {int(windows[window, 0])}; expected BOS, {config.bos_token_id}"
+        )

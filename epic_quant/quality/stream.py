@@ -1,0 +1,290 @@
+"""One pass over the file: a layer is read once, and every variant's hidden states go through it before the next.
+
+    stream = Stream(checkpoint, variants, windows, moments)
+    stream.begin()
+    for spec in stream.config.layers:
+        stream.layer(spec)
+    measures = stream.measures()
+
+In comments N is windows, T the tokens of each, H hidden_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from epic_quant.checkpoint import Checkpoint
+from epic_quant.errors import CheckpointError, QuantizationError
+from epic_quant.gemma4.block import decoder_block
+from epic_quant.gemma4.config import LayerSpec, TextConfig
+from epic_quant.gemma4.kv_store import ForwardKV
+from epic_quant.gemma4.model import attention_masks, embed, head, per_layer_inputs, rope_tables
+from epic_quant.gemma4.tensors import TensorClass
+from epic_quant.gemma4.weights import CheckpointWeights
+from epic_quant.kv import KVCache, KVPolicy
+from epic_quant.policy import UNQUANTIZED
+from epic_quant.quality.measures import Divergence, ReferenceSlice, Softmax, TokenMeasures
+from epic_quant.quality.variants import REFERENCE, LayerKey, StartKey, Variant, grouped, layer_key, start_key
+from epic_quant.quant import QuantizedTensor, Weight, quantizer
+
+# Tokens that go through a layer together, in whole windows. It depends on nothing else, so that neither the number of
+# variants nor the memory allowed can change a bit of the result.
+BATCH_TOKENS = 1024
+
+# Logits that stand in RAM together, for every variant in turn; two or three tensors of them, in fp64.
+HEAD_TOKENS = 256
+HEAD_ROWS = 8192
+
+_EMBEDDING = "embed_tokens.weight"
+
+
+class WindowsKV(ForwardKV):
+    """The K and V of some windows in one forward, each through a cache of its own while `policy` says how.
+
+    All of a window's tokens are stored before any is read, as when a prompt is read at once: a token finds even its
+    newest neighbours as the cache returns them, where a decoder that keeps `recent` ones plain would not yet.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__(config)
+        self._config = config
+        self.policy: KVPolicy | None = None
+
+    def write(self, spec: LayerSpec, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """As `ForwardKV.write`, of [windows, num_kv_heads, T, head_dim]."""
+        if self.policy is not None:
+            cache = KVCache(self._config, self.policy, k.dtype)
+            stored_k, stored_v = torch.empty_like(k), torch.empty_like(v)
+            for window in range(len(k)):
+                one = slice(window, window + 1)
+                stored_k[one], stored_v[one] = ForwardKV(self._config, cache).write(spec, k[one], v[one])
+                cache.reset()
+            k, v = stored_k, stored_v
+        return super().write(spec, k, v)
+
+    @property
+    def shared(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """K and V that later layers read, by the layer that owns them."""
+        return self._shared
+
+    def fork(self) -> WindowsKV:
+        """Another forward that was the same so far; they hold the same tensors, which nothing changes."""
+        other = WindowsKV(self._config)
+        other._shared = dict(self._shared)
+        return other
+
+    def drop_after(self, spec: LayerSpec) -> None:
+        """Let go of what no layer after this one reads."""
+        needed = {later.kv_source for later in self._config.layers[spec.index + 1 :]}
+        self._shared = {source: kv for source, kv in self._shared.items() if source in needed}
+
+
+@dataclass
+class State:
+    """What variants that agree so far have come to: the hidden state [N, T, H], and each batch of windows' K and V."""
+
+    members: tuple[str, ...]
+    hidden: Tensor
+    kv: list[WindowsKV]
+
+    def fork(self, members: tuple[str, ...]) -> State:
+        """A copy for some of its members."""
+        return State(members, self.hidden.clone(), [kv.fork() for kv in self.kv])
+
+
+class Stream:
+    """A pass for `variants`, the reference among them, on `windows` int64 [N, T]; `moments` as `Policy.weights` has.
+
+    Between two calls `states` is all that it has come to, and may be put there in place of `begin` or of some layers.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, variants: Mapping[str, Variant], windows: Tensor, moments: Mapping[str, Tensor]
+    ) -> None:
+        self._checkpoint, self._weights, self._moments = checkpoint, CheckpointWeights(checkpoint), moments
+        self._variants, self._windows = variants, windows
+        self.config = self._weights.config
+        # What precedes the first layer depends on a token's id alone, so it is computed and held once for each id.
+        self._ids, self._id_of = windows.unique(return_inverse=True)  # [distinct], [N, T]
+        step = max(1, BATCH_TOKENS // windows.shape[1])
+        self._batches = [slice(first, first + step) for first in range(0, len(windows), step)]
+        positions = torch.arange(windows.shape[1])
+        self._rope = {
+            dtype: rope_tables(self.config, positions, dtype) for dtype in {v.dtype for v in variants.values()}
+        }
+        self._blocked = attention_masks(self.config, windows.shape[1])
+        self._ple: dict[StartKey, Tensor | None] = {}  # [distinct, num_layers, ple_dim]
+        self.states: list[State] = []
+
+    def begin(self) -> None:
+        """Come to the states before the first layer."""
+        for key, names in grouped(self._variants, lambda name: start_key(self._variants[name], self.config)).items():
+            hidden = self._start(key, names[0])[self._id_of]
+            self.states.append(State(tuple(names), hidden, [WindowsKV(self.config) for _ in self._batches]))
+
+    def resume(self, states: list[State]) -> None:
+        """Go on from states that an equal stream has come to."""
+        for state in states:
+            if (key := self._start_key(state)) not in self._ple:
+                self._start(key, state.members[0])
+        self.states = states
+
+    def _start(self, key: StartKey, name: str) -> Tensor:
+        """Keep the PLE inputs of every distinct id; return its hidden state before the first layer, [distinct, H]."""
+        weights = self._variants[name].policy.weights(self._checkpoint, self._moments)
+        embedded = embed(weights, self._ids[None], key.dtype)
+        ple = per_layer_inputs(weights, self._ids[None], embedded)
+        self._ple[key] = None if ple is None else ple[0]
+        return embedded[0]
+
+    def _start_key(self, state: State) -> StartKey:
+        return start_key(self._variants[state.members[0]], self.config)
+
+    def layer(self, spec: LayerSpec) -> None:
+        """Send all states through the next layer, after those that no longer agree have parted.
+
+        Raises QuantizationError for a weight that cannot be quantized as asked, CheckpointError where hidden states
+        are not finite any more.
+        """
+        plain = self._weights.layer(spec.index)
+        self.states = [part for state in self.states for part in self._parted(state, spec)]
+        stored: dict[tuple[str, str], QuantizedTensor] = {}
+
+        def weights_key(state: State) -> tuple[torch.dtype, tuple[tuple[TensorClass, str], ...]]:
+            return self._start_key(state).dtype, self._layer_key(state.members[0], spec).specs
+
+        for (dtype, specs), states in grouped(self.states, weights_key).items():
+            weights = {
+                name: self._decoded(spec, name, weight, dict(specs), dtype, stored) for name, weight in plain.items()
+            }
+            for state in states:
+                self._through(state, spec, weights)
+
+    def _layer_key(self, name: str, spec: LayerSpec) -> LayerKey:
+        return layer_key(self._variants[name], spec, self.config)
+
+    def _parted(self, state: State, spec: LayerSpec) -> list[State]:
+        first, *others = grouped(state.members, partial(self._layer_key, spec=spec)).values()
+        forks = [state.fork(tuple(members)) for members in others]
+        state.members = tuple(first)
+        return [state, *forks]
+
+    def _decoded(
+        self,
+        spec: LayerSpec,
+        name: str,
+        weight: Weight,
+        specs: Mapping[TensorClass, str],
+        dtype: torch.dtype,
+        stored: dict[tuple[str, str], QuantizedTensor],
+    ) -> Weight:
+        """A weight of the layer as it is computed with; `stored` has what was quantized for others."""
+        assert isinstance(weight, Tensor)
+        tensor = self._weights.tensors[f"layers.{spec.index}.{name}"]
+        if tensor.tensor_class is None:
+            return weight
+        if (said := specs[tensor.tensor_class]) == UNQUANTIZED:
+            return weight.to(dtype)
+        if (name, said) not in stored:
+            stored[name, said] = _quantized(tensor.name, weight, said, self._moments.get(tensor.name))
+        return stored[name, said].dequantize(dtype)
+
+    def _through(self, state: State, spec: LayerSpec, weights: Mapping[str, Weight]) -> None:
+        key = self._start_key(state)
+        quantized_kv = self._layer_key(state.members[0], spec).kv is not None
+        policy = self._variants[state.members[0]].at(spec.index).kv if quantized_kv else None
+        ple = self._ple[key]
+        for windows, kv in zip(self._batches, state.kv, strict=True):
+            kv.policy = policy
+            state.hidden[windows] = decoder_block(
+                state.hidden[windows],
+                weights,
+                spec,
+                config=self.config,
+                ple=None if ple is None else ple[:, spec.index][self._id_of[windows]],
+                rope=self._rope[key.dtype][spec.layer_type],
+                blocked=self._blocked[spec.layer_type],
+                kv=kv,
+            )
+            kv.drop_after(spec)
+        if not state.hidden.isfinite().all():
+            raise CheckpointError(
+                f"{self._checkpoint.source}: under {state.members[0]} the hidden states after layer {spec.index} are "
+                "not finite; is there NaN or infinity in a weight?"
+            )
+
+    def measures(self) -> dict[str, TokenMeasures]:
+        """What came out for every variant, once all states have gone through all layers.
+
+        The vocabulary goes by a slice at a time, and within it the tokens: all logits never stand in RAM.
+        """
+        right = self._windows[:, 1:]
+        reference, divergences = Softmax(right), [Divergence(right) for _ in self.states]
+        ours = next(state for state in self.states if REFERENCE in state.members)
+        for first in range(0, self.config.vocab_size, HEAD_ROWS):
+            tables = {key: self._vocabulary(*key, first) for key in {self._head_key(state) for state in self.states}}
+            for at in self._head_slices():
+                logits = self._logits(ours, tables, at)
+                beside = ReferenceSlice(reference, at, first, logits)
+                for state, divergence in zip(self.states, divergences, strict=True):
+                    theirs = logits if state is ours else self._logits(state, tables, at)
+                    divergence.add(at, first, beside, theirs)
+        return {
+            name: divergence.measures(reference)
+            for state, divergence in zip(self.states, divergences, strict=True)
+            for name in state.members
+        }
+
+    def _head_slices(self) -> Iterator[tuple[int, slice]]:
+        """Some tokens of one window at a time, the last one left out: nothing comes after it."""
+        predicted = self._windows.shape[1] - 1
+        for window in range(len(self._windows)):
+            for first in range(0, predicted, HEAD_TOKENS):
+                yield window, slice(first, min(first + HEAD_TOKENS, predicted))
+
+    def _head_key(self, state: State) -> tuple[torch.dtype, str]:
+        variant = self._variants[state.members[0]]
+        return variant.dtype, variant.policy.specs[TensorClass.EMBEDDING]
+
+    def _logits(
+        self, state: State, tables: Mapping[tuple[torch.dtype, str], _Vocabulary], at: tuple[int, slice]
+    ) -> Tensor:
+        return head(tables[self._head_key(state)], state.hidden[at]).double()
+
+    def _vocabulary(self, dtype: torch.dtype, spec: str, first: int) -> _Vocabulary:
+        """A slice of the tied head. Every scheme keeps rows apart, so only these are quantized."""
+        table = self._weights.get(_EMBEDDING)[first : first + HEAD_ROWS]
+        if spec != UNQUANTIZED:
+            table = _quantized(f"{_EMBEDDING} from row {first} on", table, spec, None).dequantize()
+        config = replace(self.config, vocab_size=len(table))
+        return _Vocabulary(config, table.to(dtype), self._weights.get("norm.weight"))
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """What `head` asks of weights, of a slice of the vocabulary."""
+
+    config: TextConfig
+    table: Tensor  # [ids, H]
+    norm: Tensor  # [H]
+
+    def layer(self, index: int) -> Mapping[str, Weight]:
+        raise NotImplementedError("a head has no layers")
+
+    def get(self, name: str) -> Weight:
+        return self.table if name == _EMBEDDING else self.norm
+
+    def rows(self, name: str, ids: Tensor) -> Tensor:
+        return self.table[ids]
+
+
+def _quantized(name: str, weight: Tensor, spec: str, moments: Tensor | None) -> QuantizedTensor:
+    try:
+        return quantizer(spec).quantize(weight, moments)
+    except QuantizationError as error:
+        raise QuantizationError(f"{name}: {error}") from error

@@ -1,0 +1,160 @@
+"""`python -m epic_quant.recipe out.json --budget 3.5GB`: the recipe's command line."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+from epic_quant import __version__
+from epic_quant.errors import EpicQuantError, RecipeError
+from epic_quant.recipe.assignment import Recipe, within_bits, within_resident
+from epic_quant.recipe.llama_cpp import BITS, nearest_type, tensor_type_arguments
+from epic_quant.results.reading import read_run
+from epic_quant.results.run import Run
+from epic_quant.results.sensitivities import KV_CACHE, UNQUANTIZED, class_specs
+
+_EXAMPLES = """examples:
+  pytest benchmarks/test_quality.py --benchmark-json out.json
+  python -m epic_quant.recipe out.json --budget 3.5GB
+  python -m epic_quant.recipe out.json --bits 4.2 --format llama.cpp
+
+exit status: 0, or 2 where no recipe can be made."""
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)},
+    **{f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)},
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the recipe; 0, or 2 with one line on stderr where none can be made."""
+    options = _parser().parse_args(arguments)
+    by_layer = options.by == "layer"
+    try:
+        if by_layer and options.format == "policy":
+            raise RecipeError(
+                "a policy string has one spec for all layers of a class; --by layer needs --format llama.cpp"
+            )
+        run = read_run(options.json)
+        if options.budget is not None:
+            recipe = within_resident(run, options.budget, by_layer)
+        else:
+            recipe = within_bits(run, options.bits, by_layer)
+        lines = list(_policy(run, recipe) if options.format == "policy" else _llama_cpp(run, recipe))
+    except EpicQuantError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(lines))
+    return 0
+
+
+def _policy(run: Run, recipe: Recipe) -> Iterator[str]:
+    """The policy string, and below it what it is predicted and measured to do."""
+    yield recipe.policy
+    yield ""
+    yield from _told(recipe)
+    measured = _measured(run, recipe.policy)
+    if measured is None:
+        yield f"measured divergence: none in this JSON; to measure it: {_measuring_command(run, recipe.policy)}"
+        return
+    kl, error = measured
+    ratio = f", {kl / recipe.predicted:.3g} times the predicted" if recipe.predicted > 0 else ""
+    beside = "" if error is None else f" ± {error:.2g}"
+    yield f"measured divergence:  {kl:.4g}{beside} nats a token, on the evaluation text{ratio}"
+
+
+def _llama_cpp(run: Run, recipe: Recipe) -> Iterator[str]:
+    """Arguments, one a line, and below them what becomes of the recipe."""
+    types = {
+        (unit.tensor_class, unit.layer): nearest_type(choice.spec, 8 * choice.nbytes / unit.weights)
+        for unit, choice in recipe.parts
+        if unit.weights
+    }
+    for argument in tensor_type_arguments(types, run.facts.get("layer_types")):
+        yield f"--tensor-type {shlex.quote(argument)}"
+    yield ""
+    weights = {(unit.tensor_class, unit.layer): unit.weights for unit, _ in recipe.parts if unit.weights}
+    nbits = sum(BITS[types[key]] * number for key, number in weights.items())
+    yield (
+        f"# {nbits / sum(weights.values()):.4g} bits a weight with these types, {recipe.bits_per_weight:.4g} with the "
+        "recipe's own; the predicted divergence is that of the recipe's own"
+    )
+    yield from (f"# {line}" for line in _told(recipe))
+    yield "# the last arguments of llama-quantize name a type for all else, which here is nothing: such as q8_0"
+    yield "# per_layer_model_proj: llama-quantize never quantizes it"
+    for unit, choice in recipe.parts:
+        if unit.tensor_class == KV_CACHE and choice.spec != UNQUANTIZED:
+            yield f"# KV cache {choice.spec}: no tensor of the file; see --cache-type-k and --cache-type-v at run time"
+
+
+def _told(recipe: Recipe) -> Iterator[str]:
+    yield f"predicted divergence: {recipe.predicted:.4g} nats a token, the sum of what each class does alone"
+    if recipe.resident_nbytes is not None:
+        yield f"resident: {recipe.resident_nbytes:,} bytes, all weights, PLE rows, norms and KV cache"
+    yield f"weights: {recipe.nbytes:,} bytes, {recipe.bits_per_weight:.4g} bits a weight"
+
+
+def _measured(run: Run, policy: str) -> tuple[float, float | None] | None:
+    """Divergence on the evaluation text and its standard error, of a policy of the run that stores the same."""
+    for name, text in (run.facts.get("policy_strings") or {}).items():
+        if class_specs(str(text)) == class_specs(policy):
+            kl = run.value("quality", "kl_divergence", policy=name)
+            if kl is not None:
+                return kl, run.value("quality", "kl_se", policy=name)
+    return None
+
+
+def _measuring_command(run: Run, policy: str) -> str:
+    checkpoint = run.facts["checkpoint"]
+    chosen = ["--checkpoint", checkpoint["source"]] if checkpoint["kind"] == "user" else []
+    words = ["pytest", "benchmarks/test_quality.py", *chosen]
+    return shlex.join([*words, "--policy", policy, "--benchmark-json", "recipe.json"])
+
+
+def _nbytes(text: str) -> int:
+    """Bytes of `3.5GB`, `800 MiB` or `1000000`; a unit is a power of 1000, with an i of 1024."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+) *([a-z]*)", text.strip().lower())
+    if not found or found[2] not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes, such as 3.5GB, 800MiB or 1000000")
+    return int(Fraction(found[1]) * _UNITS[found[2]])
+
+
+def _bits(text: str) -> float:
+    if not re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bits a weight, such as 4.2")
+    return float(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m epic_quant.recipe",
+        description="Find the specs of least predicted divergence within a budget, from a run's sensitivities.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("json", type=Path, metavar="out.json", help="what --benchmark-json wrote")
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--budget", type=_nbytes, metavar="BYTES", help="resident bytes at most, such as 3.5GB")
+    budget.add_argument("--bits", type=_bits, metavar="BITS", help="bits a weight at most, on average, such as 4.2")
+    parser.add_argument(
+        "--format",
+        choices=("policy", "llama.cpp"),
+        default="policy",
+        help="a string for --policy, or arguments of llama.cpp's llama-quantize with its nearest types",
+    )
+    parser.add_argument(
+        "--by", choices=("class", "layer"), default="class", help="one spec for each class, or for each layer of it"
+    )
+    parser.add_argument("--version", action="version", version=f"epic_quant {__version__}")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""A config small enough to reason about: two owners a layer type, one sharer, a window that no block divides."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from epic_quant.gemma4.config import FULL, SLIDING, LayerSpec, TextConfig
+
+WINDOW = 20
+
+
+def layer(index, layer_type, kv_source):
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "intermediate_size": 8, "rope_theta": 1e4, "rope_factor": 1.0}
+    if layer_type == SLIDING:
+        shape = {"head_dim": 16, "sliding_window": WINDOW, "rotated_pairs": 8}
+    else:  # Of 32 dims turn [0:4] and [16:20].
+        shape = {"head_dim": 32, "sliding_window": None, "rotated_pairs": 4}
+    return LayerSpec(index=index, layer_type=layer_type, kv_source=kv_source, **sizes, **shape)
+
+
+@pytest.fixture(scope="session")
+def config():
+    """Layers 0 and 1 slide, 2 and 3 are full; 4 shares what 3 owns."""
+    layers = [layer(0, SLIDING, 0), layer(1, SLIDING, 1), layer(2, FULL, 2), layer(3, FULL, 3), layer(4, FULL, 3)]
+    return TextConfig(
+        vocab_size=10,
+        hidden_size=8,
+        ple_dim=0,
+        ple_vocab_size=0,
+        rms_norm_eps=1e-6,
+        final_logit_softcapping=None,
+        max_position_embeddings=1000,
+        bos_token_id=2,
+        layers=tuple(layers),
+    )
+
+
+@pytest.fixture(scope="session")
+def e4b():
+    """E4B's own."""
+    facts = Path(__file__).resolve().parents[2] / "benchmarks" / "facts"
+    return TextConfig.from_json(json.loads((facts / "gemma-4-E4B.config.json").read_text(encoding="utf-8")))

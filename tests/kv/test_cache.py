@@ -1,0 +1,329 @@
+"""What is stored and what comes back, against the quantizers of quant/ and NumPy."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from epic_quant.checkpoint import Checkpoint
+from epic_quant.errors import CacheError
+from epic_quant.gemma4.model import TextModel
+from epic_quant.gemma4.weights import CheckpointWeights
+from epic_quant.kv import NAMED, KVCache, KVPolicy
+from epic_quant.metrics import relative_l2
+from epic_quant.quant import hadamard, quantizer
+
+SLIDING, FULL, SHARING = 0, 2, 4
+WINDOW = 20
+ROTATED = [*range(4), *range(16, 20)]
+UNROTATED = [*range(4, 16), *range(20, 32)]
+
+
+def keys_and_values(config, layer, tokens, seed=0, dtype=torch.float32):
+    shape = (2, 2, tokens, config.layers[layer].head_dim)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).unbind(0)
+
+
+def filled(config, policy, layer, k, v, lots=None):
+    """A cache that took these tokens of one layer, in lots of so many."""
+    cache = KVCache(config, KVPolicy.parse(policy), k.dtype)
+    for lot_k, lot_v in zip(k.split(lots or k.shape[1], dim=1), v.split(lots or k.shape[1], dim=1), strict=True):
+        cache.append(layer, lot_k, lot_v)
+    return cache
+
+
+def rows_decoded(spec, rows):
+    """[..., cols] quantized and decoded again, by the quantizer alone."""
+    return quantizer(spec).quantize(rows.reshape(-1, rows.shape[-1])).dequantize().view(rows.shape)
+
+
+def channels_decoded(spec, x, block):
+    """[heads, tokens, dims], tokens in whole blocks: each channel's values over a block are a row."""
+    blocks = x.unflatten(1, (-1, block)).mT
+    return rows_decoded(spec, blocks).mT.flatten(1, 2)
+
+
+@pytest.mark.parametrize("spec", ["int4", "int3-g8", "codebook2+had32", "ternary", "int8-g16+had16", "absmax2"])
+def test_a_token_and_head_is_a_row_of_the_quantizer(config, spec):
+    k, v = keys_and_values(config, FULL, 11)
+    cache = filled(config, spec, FULL, k, v)
+    assert torch.equal(cache.keys(FULL), rows_decoded(spec, k))
+    assert torch.equal(cache.values(FULL), rows_decoded(spec, v))
+
+
+@pytest.mark.parametrize("spec", ["int4", "codebook3", "ternary", "absmax2"])
+def test_a_channel_over_a_block_is_a_row_of_the_quantizer(config, spec):
+    k, v = keys_and_values(config, FULL, 24)
+    cache = filled(config, f"v={spec}@8/k={spec}@16", FULL, k, v)
+    assert torch.equal(cache.values(FULL), channels_decoded(spec, v, 8))
+    assert torch.equal(cache.keys(FULL)[:, :16], channels_decoded(spec, k[:, :16], 16))
+    assert torch.equal(cache.keys(FULL)[:, 16:], k[:, 16:]), "a block that is not full is kept as it came"
+
+
+def test_blocks_are_turned_over_the_dims(config):
+    k, v = keys_and_values(config, FULL, 16)
+    expected = hadamard.turn_back(channels_decoded("int4", hadamard.turn(k, 32), 8), 32)
+    assert relative_l2(filled(config, "int4+had64@8", FULL, k, v).keys(FULL), expected) <= 1e-6
+
+
+def test_rotated_and_unrotated_dims_are_stored_apart(config):
+    """The dims that RoPE turns are [0:4] and [16:20] of 32; of the 24 others a Hadamard block takes 8."""
+    k, v = keys_and_values(config, FULL, 16)
+    cache = filled(config, "k.rotated=int4+had64/k.unrotated=int3@8/v.unrotated=codebook2+had64", FULL, k, v)
+    assert torch.equal(cache.keys(FULL)[..., ROTATED], rows_decoded("int4+had8", k[..., ROTATED]))
+    assert torch.equal(cache.keys(FULL)[..., UNROTATED], channels_decoded("int3", k[..., UNROTATED], 8))
+    assert torch.equal(cache.values(FULL)[..., ROTATED], v[..., ROTATED].bfloat16().float())
+    assert torch.equal(cache.values(FULL)[..., UNROTATED], rows_decoded("codebook2+had8", v[..., UNROTATED]))
+
+
+def test_a_sliding_head_is_rotated_whole(config):
+    k, v = keys_and_values(config, SLIDING, 5)
+    cache = filled(config, "k.rotated=int4/k.unrotated=int8", SLIDING, k, v)
+    assert torch.equal(cache.keys(SLIDING), rows_decoded("int4", k))
+
+
+def test_the_originals_codes_in_numpy(config):
+    """Scales of absmax / 7 and codes -8..7 on the rotated dims, of absmax / 2 and codes -2..1 on the others."""
+    k, v = keys_and_values(config, FULL, 9)
+    for x, out in zip((k, v), (lambda c: c.keys(FULL), lambda c: c.values(FULL)), strict=True):
+        expected = np.empty(x.shape, np.float32)
+        for dims, divisor, low, high in ((ROTATED, 7, -8, 7), (UNROTATED, 2, -2, 1)):
+            part = x.numpy()[..., dims]
+            scale = np.abs(part).max(-1, keepdims=True) / np.float32(divisor)
+            codes = np.clip(np.round(part / scale), low, high)
+            expected[..., dims] = codes * scale.astype(np.float16).astype(np.float32)
+        assert np.array_equal(out(filled(config, "original", FULL, k, v)).numpy(), expected)
+
+
+def test_stored_bytes_by_hand(config):
+    """27 tokens of a full layer of 2 heads: K in 3 blocks of 8 and 3 tokens as they came, V in rows of 24 and of 8."""
+    k, v = keys_and_values(config, FULL, 27)
+    cache = filled(config, "k=int3@8/v.rotated=int8/v.unrotated=int4-g8", FULL, k, v)
+    blocks = 3 * 2 * 32 * (3 + 2) + 3 * 2 * 32 * 4
+    rows = 27 * 2 * ((8 + 2) + (12 + 3 * 2))
+    assert cache.layer_nbytes(FULL) == cache.nbytes == blocks + rows
+    assert cache.bits_per_value == 8 * (blocks + rows) / (2 * 27 * 2 * 32)
+    assert cache.nbytes <= cache.allocated_nbytes <= 2 * cache.nbytes
+
+
+def test_bytes_of_a_ring_stop_growing(config):
+    """A window of 20 is 3 blocks of 8, and as many as 7 tokens wait for the next block."""
+    k, v = keys_and_values(config, SLIDING, 101)
+    cache = filled(config, "k=int4@8/v=int4", SLIDING, k, v, lots=7)
+    block, row = 2 * 16 * (4 + 2), 2 * 16 * 4
+    assert cache.nbytes == 3 * block + 101 % 8 * row + WINDOW * 2 * (8 + 2)
+    assert cache.bits_per_value == 8 * cache.nbytes / (2 * WINDOW * 2 * 16)
+
+
+POLICIES = [
+    "fp32",
+    "int4",
+    "k=int4@8/v=int3-g8",
+    "int4@64/recent=5",
+    "k.rotated=int4@16/k.unrotated=int2/recent=3/first=5",
+    "absmax4/full.k.unrotated=absmax2@8/recent=25/first=1",
+]
+
+
+@pytest.mark.parametrize("layer", [SLIDING, FULL])
+@settings(deadline=None, max_examples=15)
+@given(policy=st.sampled_from(POLICIES), lots=st.lists(st.integers(1, 30), min_size=1, max_size=8))
+def test_lots_make_no_difference(config, layer, policy, lots):
+    """Of any sizes, across windows and blocks: the tokens are stored as if they had come at once."""
+    k, v = keys_and_values(config, layer, sum(lots))
+    whole = filled(config, policy, layer, k, v)
+    parts = filled(config, policy, layer, k, v, lots)
+    assert torch.equal(parts.keys(layer), whole.keys(layer))
+    assert torch.equal(parts.values(layer), whole.values(layer))
+    assert parts.nbytes == whole.nbytes
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_policies_take_tokens_one_by_one(config, name):
+    """As many as at once, and within rounding the same: a turn of one token may round otherwise than one of many."""
+    for layer in (SLIDING, FULL):
+        k, v = keys_and_values(config, layer, 70)
+        whole, parts = (filled(config, name, layer, k, v, lots) for lots in (70, 1))
+        assert relative_l2(parts.keys(layer), whole.keys(layer)) <= 1e-2
+        assert relative_l2(parts.values(layer), whole.values(layer)) <= 1e-2
+        assert parts.nbytes == whole.nbytes
+
+
+@pytest.mark.parametrize("policy", ["fp32", "int8@8/recent=20", "int8/recent=40"])
+@pytest.mark.parametrize("tokens", [1, 19, 20, 21, 47])
+def test_a_sliding_layer_keeps_the_newest_window(config, policy, tokens):
+    """Oldest first, and as they came where the policy leaves a whole window unquantized."""
+    k, v = keys_and_values(config, SLIDING, tokens)
+    cache = filled(config, policy, SLIDING, k, v, lots=6)
+    assert torch.equal(cache.keys(SLIDING), k[:, -WINDOW:])
+    assert torch.equal(cache.values(SLIDING), v[:, -WINDOW:])
+
+
+@pytest.mark.parametrize("policy", ["int2/recent=7/first=3", "int2@8/recent=7/first=3"])
+def test_first_and_recent_tokens_are_exact_and_no_others(config, policy):
+    """In the compute dtype, whatever it is."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        k, v = keys_and_values(config, FULL, 42, dtype=dtype)
+        cache = filled(config, policy, FULL, k, v, lots=5)
+        for given_, back in ((k, cache.keys(FULL)), (v, cache.values(FULL))):
+            assert back.dtype == dtype
+            assert torch.equal(back[:, :3], given_[:, :3])
+            assert torch.equal(back[:, -7:], given_[:, -7:])
+            assert not (back[:, 3:-14] == given_[:, 3:-14]).all(dim=(0, 2)).any()
+
+
+def test_the_first_tokens_of_a_sliding_layer_leave_the_window(config):
+    k, v = keys_and_values(config, SLIDING, 30)
+    with_first, without = (filled(config, policy, SLIDING, k, v) for policy in ("int4/first=5", "int4"))
+    assert torch.equal(with_first.keys(SLIDING), without.keys(SLIDING))
+    assert with_first.nbytes == without.nbytes
+
+
+def test_bf16_and_fp32_are_what_they_say(config):
+    k, v = keys_and_values(config, FULL, 6)
+    assert torch.equal(filled(config, "bf16", FULL, k, v).keys(FULL), k.bfloat16().float())
+    assert torch.equal(filled(config, "fp32", FULL, k, v).keys(FULL), k)
+
+
+def test_decoding_allocates_seldom(config):
+    """Five hundred tokens one by one: memory grows by half at a time, and never for a ring that is full."""
+    cache = KVCache(config, KVPolicy.parse("absmax4@8/recent=4"))
+    sizes = {FULL: set(), SLIDING: set()}
+    for layer, seen in sizes.items():
+        k, v = keys_and_values(config, layer, 500)
+        before = cache.allocated_nbytes
+        for token in range(500):
+            cache.append(layer, k[:, token : token + 1], v[:, token : token + 1])
+            seen.add(cache.allocated_nbytes - before)
+    assert len(sizes[FULL]) <= 30
+    assert len(sizes[SLIDING]) <= 15
+
+
+def test_a_long_prompt_is_stored_in_lots(config):
+    """32,768 tokens at once; their bytes are a token's times as many."""
+    k, v = keys_and_values(config, FULL, 32768, dtype=torch.bfloat16)
+    cache = filled(config, "int4", FULL, k, v)
+    assert cache.nbytes == 32768 * 2 * 2 * (16 + 2)
+    last = slice(-5, None)
+    assert torch.equal(cache.keys(FULL)[:, last], rows_decoded("int4", k[:, last]).bfloat16())
+
+
+def test_a_reset_cache_is_as_new(config):
+    policy = "k=int4@8/v=int4/recent=3/first=2"
+    k, v = keys_and_values(config, FULL, 50)
+    used, fresh = (
+        filled(config, policy, FULL, *keys_and_values(config, FULL, 33, seed=1)),
+        KVCache(config, KVPolicy.parse(policy)),
+    )
+    used.reset()
+    assert used.nbytes == 0
+    with pytest.raises(CacheError, match="holds no K and V yet"):
+        used.keys(FULL)
+    for cache in (used, fresh):
+        cache.append(FULL, k, v)
+    assert torch.equal(used.keys(FULL), fresh.keys(FULL))
+    assert used.nbytes == fresh.nbytes
+
+
+def test_a_sharing_layer_reads_its_source(config):
+    k, v = keys_and_values(config, 3, 8)
+    cache = filled(config, "int4", 3, k, v)
+    assert torch.equal(cache.keys(SHARING), cache.keys(3))
+    assert torch.equal(cache.values(SHARING), cache.values(3))
+    assert cache.layer_nbytes(SHARING) == 0
+    assert cache.nbytes == cache.layer_nbytes(3)
+
+
+def bad(change, which):
+    """K and V of 4 tokens of a full layer, one of them changed."""
+
+    def append(cache, config):
+        pair = list(keys_and_values(config, FULL, 4))
+        pair[which] = change(pair[which])
+        cache.append(FULL, *pair)
+
+    return append
+
+
+def with_value(x, value):
+    x = x.clone()
+    x[1, 2, 3] = value
+    return x
+
+
+BAD = {
+    "no tokens": (bad(lambda x: x[:, :0], 0), r"K of layer 2 is of shape \[2, 0, 32\]; expected \[2, tokens, 32\]"),
+    "heads": (bad(lambda x: x[:1], 0), r"K of layer 2 is of shape \[1, 4, 32\]"),
+    "head_dim": (bad(lambda x: x[..., :16], 1), r"V of layer 2 is of shape \[2, 4, 16\]"),
+    "batch": (bad(lambda x: x[None], 1), r"V of layer 2 is of shape \[1, 2, 4, 32\]"),
+    "tokens": (bad(lambda x: x[:, :3], 1), "layer 2 got K of 4 tokens and V of 3"),
+    "dtype": (bad(lambda x: x.bfloat16(), 0), "K of layer 2 is torch.bfloat16; this cache's dtype is torch.float32"),
+    "integers": (bad(lambda x: x.int(), 1), "V of layer 2 is torch.int32"),
+    "nan": (bad(lambda x: with_value(x, torch.nan), 1), "V of layer 2 has NaN or infinity"),
+    "inf": (bad(lambda x: with_value(x, -torch.inf), 0), "K of layer 2 has NaN or infinity"),
+    "sharing": (
+        lambda cache, config: cache.append(SHARING, *keys_and_values(config, SHARING, 4)),
+        "layer 4 stores no K and V: it shares those of layer 3",
+    ),
+    "layer": (
+        lambda cache, config: cache.append(5, *keys_and_values(config, FULL, 4)),
+        "there is no layer 5; expected 0 to 4",
+    ),
+    "negative layer": (lambda cache, config: cache.keys(-1), "there is no layer -1"),
+    "empty": (lambda cache, config: cache.keys(3), "layer 3 holds no K and V yet"),
+    "empty source": (lambda cache, config: cache.values(SHARING), "layer 4 holds no K and V yet"),
+}
+
+
+@pytest.mark.parametrize(("act", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_clear_line_and_changes_nothing(config, act, message):
+    k, v = keys_and_values(config, FULL, 30)
+    cache = filled(config, "k=int4@8/v=int4/recent=2", FULL, k, v)
+    before = cache.nbytes, cache.keys(FULL).clone(), cache.values(FULL).clone()
+    with pytest.raises(CacheError, match=message) as error:
+        act(cache, config)
+    assert "\n" not in str(error.value)
+    assert cache.nbytes == before[0]
+    assert torch.equal(cache.keys(FULL), before[1])
+    assert torch.equal(cache.values(FULL), before[2])
+
+
+def test_values_beyond_fp32_are_refused(config):
+    """Codes are chosen in fp32, where they would be infinite."""
+    cache = KVCache(config, KVPolicy.parse("int4"), torch.float64)
+    k = torch.full((2, 1, 32), 1e300, dtype=torch.float64)
+    with pytest.raises(CacheError, match="infinity"):
+        cache.append(FULL, k, k)
+
+
+def test_an_empty_cache_has_no_bits_and_an_integer_dtype_no_sense(config):
+    with pytest.raises(CacheError, match="an empty KV cache"):
+        _ = KVCache(config, KVPolicy()).bits_per_value
+    with pytest.raises(CacheError, match=r"computes in torch\.int8; expected a float dtype"):
+        KVCache(config, KVPolicy(), torch.int8)
+
+
+@pytest.mark.parametrize("name", ["e4b", "e2b", "no_sharing", "other_rope"])
+@pytest.mark.parametrize("lots", [[1] * 17, [9] + [1] * 8, [4, 5, 1, 7]], ids=["one by one", "prefill", "in lots"])
+def test_decoding_with_fp32_storage_is_the_forward_without_a_cache(toy, name, lots):
+    ids = torch.randint(0, 120, (1, 17), generator=torch.Generator().manual_seed(5))
+    with Checkpoint.open(toy(name)) as checkpoint:
+        model = TextModel(CheckpointWeights(checkpoint))
+        cache, parts, start = KVCache(model.config, KVPolicy.parse("fp32")), [], 0
+        for lot in ids.split(lots, dim=1):
+            parts.append(model.logits(lot, cache, start))
+            start += lot.shape[1]
+        assert relative_l2(torch.cat(parts, dim=1), model.logits(ids)) <= 1e-5
+
+
+def test_the_forward_sees_what_the_cache_stored(toy):
+    """One token after a prompt: a store of 8 bits changes the logits little, one of 2 bits much."""
+    ids = torch.randint(0, 120, (1, 9), generator=torch.Generator().manual_seed(5))
+    with Checkpoint.open(toy("e2b")) as checkpoint:
+        model, errors = TextModel(CheckpointWeights(checkpoint)), []
+        for policy in ("int8", "int2"):
+            cache = KVCache(model.config, KVPolicy.parse(policy))
+            model.logits(ids[:, :8], cache)
+            errors.append(relative_l2(model.logits(ids[:, 8:], cache, 8), model.logits(ids)[:, 8:]))
+    assert 0 < 2 * errors[0] < errors[1]

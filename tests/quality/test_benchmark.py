@@ -1,0 +1,96 @@
+"""The quality benchmarks, run as a user runs them, on a toy checkpoint with a tokenizer of its own."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from epic_quant.gemma4.tensors import TensorClass
+from epic_quant.records import JSON_KEY, Record
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def options(toy, tmp_path_factory):
+    """A toy checkpoint that knows every token of its small vocabulary by its number, and two texts."""
+    folder = shutil.copytree(toy("e4b"), tmp_path_factory.mktemp("model") / "toy")
+    tokenizer = Tokenizer(models.WordLevel({str(number): number for number in range(120)}, unk_token="3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for name, step in (("evaluation", 1), ("calibration", 7)):
+        text = " ".join(str(4 + number * step % 100) for number in range(60))
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    texts = ["--text", folder / "evaluation.txt", "--calibration-text", folder / "calibration.txt"]
+    policies = ["--policy", "mlp=int4", "--kv-policy", "int4", "--context", "100"]
+    return ["--checkpoint", folder, *texts, *policies, "--windows", "2", "--window-tokens", "12"]
+
+
+def pytest_run(*arguments):
+    """The exit status and what was printed, of `pytest benchmarks/test_quality.py` in the repository."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "benchmarks/test_quality.py"]
+    done = subprocess.run([*command, *map(str, arguments)], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(options, tmp_path_factory):
+    """What was printed, the records, and the folder of states."""
+    folder = tmp_path_factory.mktemp("run")
+    out = folder / "out.json"
+    status, printed = pytest_run(*options, "--memory", "1GB", "--resume", folder / "states", "--benchmark-json", out)
+    assert status == 0, printed
+    entries = json.loads(out.read_text(encoding="utf-8"))["benchmarks"]
+    return printed, [Record.from_json(entry["extra_info"][JSON_KEY]) for entry in entries], folder / "states"
+
+
+def test_every_policy_and_the_noise_floor_are_recorded(finished):
+    records = {record.labels["policy"]: record for record in finished[1] if record.subject == "quality"}
+    assert set(records) == {"bf16", "mlp=int4", "bf16-compute"}
+    assert records["bf16"].metrics["kl_divergence"] == 0
+    assert records["mlp=int4"].metrics["kl_divergence"] > records["bf16-compute"].metrics["kl_divergence"] > 0
+    assert records["mlp=int4"].metrics["nbytes"] < records["bf16"].metrics["nbytes"]
+    for record in records.values():
+        assert record.metrics["resident_nbytes"] == sum(record.details["parts"].values())
+        assert record.details["num_tokens"] == 2 * 11
+        assert all(math.isfinite(value) for value in record.metrics.values())
+
+
+def test_every_change_is_recorded_on_both_texts(finished):
+    records = [record for record in finished[1] if record.subject == "sensitivity"]
+    for text in ("evaluation", "calibration"):
+        found = [record for record in records if record.labels["text"] == text]
+        assert {record.labels["tensor_class"] for record in found} == {*TensorClass, "kv_cache"}
+        assert len(found) == 7 * 6 + 1
+    for record in records:
+        saved = record.metrics["saved_nbytes"]
+        assert record.metrics["kl_per_mb"] == pytest.approx(record.metrics["kl_divergence"] / (saved / 1e6))
+        assert "layer" not in record.labels
+    kv = next(record for record in records if record.labels["tensor_class"] == "kv_cache")
+    assert kv.details["spec"] == "int4"
+    # Six owners, five of them sliding with a window of 6 tokens and heads of 16, the other with heads of 32.
+    assert kv.details["nbytes"] + kv.metrics["saved_nbytes"] == 2 * 2 * 2 * (5 * 6 * 16 + 100 * 32)
+
+
+def test_the_plan_is_told_and_states_are_kept(finished):
+    assert "quality, 3 policies with the reference on 2 windows of 12 tokens: 1 pass" in finished[0]
+    assert "sensitivity, 44 policies with the reference on 4 windows of 12 tokens: 1 pass" in finished[0]
+    assert sorted(path.name for path in finished[2].iterdir()) == ["quality.safetensors", "sensitivity.safetensors"]
+
+
+def test_a_plan_alone_counts_layers_where_they_are_asked_for(options):
+    status, printed = pytest_run(*options, "--by-layer", "--plan")
+    assert status == 0, printed
+    # 43 changes of everything; 10 + 2 attention layers, and 12 of the MLP and the PLE projections, by six; six owners.
+    assert f"sensitivity, {1 + 43 + 6 * (10 + 2 + 12 + 12) + 6} policies" in printed
+
+
+def test_a_size_that_is_none_is_refused(options):
+    status, printed = pytest_run(*options, "--memory", "many")
+    assert status == 4
+    assert "--memory" in printed

@@ -1,0 +1,219 @@
+"""Evaluating by streaming, against `transformers` and against whole models with all logits."""
+
+from dataclasses import astuple
+
+import pytest
+import torch
+
+from epic_quant.checkpoint import Checkpoint
+from epic_quant.errors import CheckpointError, QuantizationError, SpecError, TokenError
+from epic_quant.gemma4.model import TextModel
+from epic_quant.gemma4.tensors import TensorClass
+from epic_quant.gemma4.weights import CheckpointWeights
+from epic_quant.kv import KVCache
+from epic_quant.metrics import kl_divergence
+from epic_quant.policy import NAMED, Policy
+from epic_quant.quality import NOISE_FLOOR, REFERENCE, Variant, evaluate, measure
+
+TOYS = ["e4b", "e2b", "no_ple", "no_sharing", "other_rope"]
+POLICIES = {
+    text: Policy.parse(text)
+    for text in (
+        "bf16",
+        "original-1.58",
+        "mlp=int4",
+        "full_attention=ternary,mlp=int4",
+        "mlp=int4,embedding=int4,ple_table=int4,ple_model_projection=int3",
+        "kv=int4",
+        "mlp=int4,kv=k=int4@8/v=int4/recent=3",
+        "kv=fp32/full.k.rotated=int2/full.k.unrotated=int4",
+    )
+}
+
+
+def perplexity(logits, windows):
+    """The exponential of the mean loss, as anybody would write it."""
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].double().flatten(0, 1), windows[:, 1:].flatten())
+    return float(loss.exp())
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_perplexity_is_that_of_transformers(name, toy, reference, windows, small_slices):
+    logits = reference(name, torch.float32)(windows, output_hidden_states=True, use_cache=False).logits
+    with Checkpoint.open(toy(name)) as checkpoint:
+        ours = evaluate(checkpoint, {}, windows)
+    assert ours[REFERENCE].perplexity == pytest.approx(perplexity(logits, windows), rel=1e-5)
+    assert ours[REFERENCE].num_tokens == 48
+    assert ours[NOISE_FLOOR].perplexity == pytest.approx(ours[REFERENCE].perplexity, rel=0.2)
+    assert ours[NOISE_FLOOR].kl_divergence > 0
+
+
+@pytest.fixture
+def naive_logits(toy_checkpoint, windows):
+    """Logits [3, 17, vocab] of a whole model under a policy, K and V of each window through a cache of its own."""
+
+    def logits(policy, dtype=torch.float32):
+        model = TextModel(policy.weights(toy_checkpoint), dtype)
+        if str(policy.kv) == "bf16":
+            return model.logits(windows)
+        caches = [KVCache(model.config, policy.kv) for _ in windows]
+        return torch.cat([model.logits(one[None], cache) for one, cache in zip(windows, caches, strict=True)])
+
+    return logits
+
+
+@pytest.fixture
+def agree(naive_logits, windows):
+    def check(quality, logits):
+        kl = kl_divergence(naive_logits(POLICIES["bf16"])[:, :-1], logits[:, :-1])
+        assert quality.perplexity == pytest.approx(perplexity(logits, windows), rel=1e-5)
+        assert quality.kl_divergence == pytest.approx(float(kl.mean()), rel=1e-3, abs=1e-9)
+        assert quality.kl_max == pytest.approx(float(kl.max()), rel=1e-3, abs=1e-9)
+
+    return check
+
+
+def test_streaming_is_the_same_as_whole_models(toy_checkpoint, windows, naive_logits, agree, small_slices):
+    """Full logits of every policy, from `TextModel` over `Policy.weights`."""
+    ours = evaluate(toy_checkpoint, POLICIES, windows)
+    assert list(ours) == [*POLICIES, NOISE_FLOOR]
+    for name, policy in POLICIES.items():
+        agree(ours[name], naive_logits(policy))
+    assert ours["mlp=int4"].kl_divergence > 1e-4
+    assert ours["kv=int4"].kl_divergence > 1e-4
+
+
+class OneLayer:
+    """The weights of one policy in some layers, of another elsewhere."""
+
+    def __init__(self, checkpoint, policy, elsewhere, layers):
+        self._here, self._else, self._layers = policy.weights(checkpoint), elsewhere.weights(checkpoint), layers
+        self.config, self.get, self.rows = self._else.config, self._else.get, self._else.rows
+
+    def layer(self, index):
+        return (self._here if index in self._layers else self._else).layer(index)
+
+
+@pytest.mark.parametrize("layers", [(0,), (7,), (11,), (2, 3, 11)])
+def test_a_policy_can_be_that_of_single_layers(layers, toy_checkpoint, windows, agree):
+    here, elsewhere = Policy.parse("mlp=int3,full_attention=int3"), Policy.parse("mlp=int8")
+    variant = Variant(elsewhere, dict.fromkeys(layers, here))
+    model = TextModel(OneLayer(toy_checkpoint, here, elsewhere, layers))
+    ours = evaluate(toy_checkpoint, {"some": variant}, windows)
+    agree(ours["some"], model.logits(windows))
+
+
+def test_equal_weights_diverge_by_no_more_than_rounding(toy_checkpoint, windows):
+    """The cache quantizes nothing, since all tokens are recent; so the same is computed, by other states."""
+    ours = evaluate(toy_checkpoint, {"same": Policy.parse("kv=int4/recent=99")}, windows)
+    assert ours["same"].kl_max < 1e-9
+    assert ours["same"].top1_agreement == 1
+    assert ours["bf16"].kl_max == 0
+
+
+def same(one, other):
+    return {name: astuple(quality) for name, quality in one.items()} == {
+        name: astuple(quality) for name, quality in other.items()
+    }
+
+
+def test_policies_share_their_states_and_change_no_bit_of_each_other(toy_checkpoint, windows):
+    together = evaluate(toy_checkpoint, POLICIES, windows)
+    for name in ("full_attention=ternary,mlp=int4", "kv=int4", "original-1.58"):
+        alone = evaluate(toy_checkpoint, {name: POLICIES[name]}, windows)
+        assert same({name: alone[name]}, {name: together[name]})
+
+
+@pytest.fixture
+def layers_read(monkeypatch):
+    """Every layer that is asked of the file, in order."""
+    read, layer = [], CheckpointWeights.layer
+
+    def counted(self, index):
+        read.append(index)
+        return layer(self, index)
+
+    monkeypatch.setattr(CheckpointWeights, "layer", counted)
+    return read
+
+
+def test_all_policies_take_one_read_of_every_layer(toy_checkpoint, windows, layers_read):
+    evaluate(toy_checkpoint, POLICIES, windows)
+    assert layers_read == list(range(12))
+
+
+def test_less_memory_takes_more_passes_to_the_same_bits(toy_checkpoint, windows, layers_read, tight_memory):
+    whole = evaluate(toy_checkpoint, POLICIES, windows)
+    layers_read.clear()
+    few = evaluate(toy_checkpoint, POLICIES, windows, memory_nbytes=tight_memory(POLICIES))
+    assert layers_read[:12] == list(range(12))
+    assert len(layers_read) in range(24, 97, 12)
+    assert same(few, whole)
+
+
+def test_too_little_memory_for_a_single_policy_is_said(toy_checkpoint, windows, layers_read):
+    with pytest.raises(TokenError, match=r"3 windows of 17 tokens need .* 0\.00 GB are allowed; take fewer windows"):
+        evaluate(toy_checkpoint, POLICIES, windows, memory_nbytes=1000)
+    assert layers_read == []
+
+
+def test_error_feedback_is_fitted_with_the_moments(toy_checkpoint, windows):
+    """With the identity for moments nothing is fed back, so it is the plain scheme; without any it is refused."""
+    gptq, plain = Policy.parse("ple_projections=int4+gptq"), Policy.parse("ple_projections=int4")
+    moments = {
+        tensor.name: torch.eye(tensor.shape[1])
+        for tensor in CheckpointWeights(toy_checkpoint).tensors.values()
+        if tensor.tensor_class is TensorClass.PLE_PROJECTIONS
+    }
+    ours = evaluate(toy_checkpoint, {"gptq": gptq, "plain": plain}, windows, moments=moments)
+    assert ours["gptq"].kl_divergence == pytest.approx(ours["plain"].kl_divergence, rel=1e-6)
+    with pytest.raises(QuantizationError, match=r"layers\.0\.per_layer_input_gate\.weight"):
+        evaluate(toy_checkpoint, {"gptq": gptq}, windows)
+
+
+def test_a_damaged_weight_is_named(toy_checkpoint_with_nan, windows):
+    with pytest.raises(CheckpointError, match="under bf16 the hidden states after layer 1 are not finite"):
+        evaluate(toy_checkpoint_with_nan, {}, windows)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([[2, 5, 6], [7, 5, 6]], "window 1 begins with token 7; expected BOS, 2"),
+        ([[2], [2]], "windows of 1 token have nothing to predict; expected 2 tokens or more"),
+        ([[2, 120]], "token id 120 is out of range; expected 0 to 119"),
+        ([2, 5, 6], r"of shape \[3\]; expected \[batch, tokens\]"),
+        ([[2.0, 5.0]], "token ids are torch.float32; expected integers"),
+    ],
+)
+def test_wrong_windows_are_one_clear_line(ids, message, toy_checkpoint):
+    with pytest.raises(TokenError, match=message):
+        measure(toy_checkpoint, {}, torch.tensor(ids))
+
+
+@pytest.mark.parametrize(
+    ("policies", "message"),
+    [
+        ({REFERENCE: Policy.parse("mlp=int4")}, "'bf16' is the reference, the checkpoint's own weights"),
+        ({NOISE_FLOOR: NAMED["int8"]}, "'bf16-compute' is the noise floor"),
+        ({"x": Variant(NAMED["bf16"], {12: NAMED["int8"]})}, "x: there is no layer 12; expected 0 to 11"),
+    ],
+)
+def test_wrong_policies_are_one_clear_line(policies, message, toy_checkpoint, windows):
+    with pytest.raises(SpecError, match=message):
+        evaluate(toy_checkpoint, policies, windows)
+
+
+def test_a_group_that_does_not_fit_names_the_tensor(toy_checkpoint, windows):
+    with pytest.raises(QuantizationError, match=r"layers\.0\.mlp\.gate_proj\.weight: a group of 32"):
+        evaluate(toy_checkpoint, {"x": Policy.parse("mlp=int4-g32")}, windows)
+
+
+def test_a_bar_is_shown_where_it_is_asked_for(toy_checkpoint, windows, capsys):
+    evaluate(toy_checkpoint, POLICIES, windows, progress=True)
+    said = capsys.readouterr().err
+    assert "layer 12 of 12, 9 policies, pass 1 of 1" in said
+    assert "gone" in said
+    assert "left" in said
+    evaluate(toy_checkpoint, {}, windows, progress=None)
+    assert capsys.readouterr().err == ""

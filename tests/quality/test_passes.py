@@ -1,0 +1,211 @@
+"""What goes together in a pass, what a pass takes, and the changes that sensitivities are made of."""
+
+import json
+import math
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from epic_quant.checkpoint import Checkpoint
+from epic_quant.errors import TokenError
+from epic_quant.gemma4.config import TextConfig
+from epic_quant.gemma4.tensors import TensorClass, expected_tensors
+from epic_quant.plan import plan_quality
+from epic_quant.policy import NAMED, Policy
+from epic_quant.quality import KV_CACHE, REFERENCE, Change, Variant, changes, measure, noise_floor
+from epic_quant.quality.passes import Memory, passes, quantized_numel, work
+from epic_quant.quality.variants import with_reference
+
+FACTS = Path(__file__).parents[2] / "benchmarks" / "facts"
+E4B_JSON = json.loads((FACTS / "gemma-4-E4B.config.json").read_text(encoding="utf-8"))
+E4B = TextConfig.from_json(E4B_JSON)
+LAYER_WEIGHTS = {
+    layer.index: sum(
+        math.prod(tensor.shape)
+        for tensor in expected_tensors(E4B)
+        if tensor.layer == layer.index and len(tensor.shape) == 2 and not tensor.dead
+    )
+    for layer in E4B.layers
+}
+
+
+def some_variants():
+    texts = ("mlp=int4", "full_attention=int4", "embedding=int4", "ple_table=int8", "kv=int4", "ple=lru:7", "mlp=int8")
+    by_layer = {f"layer {layer}": Variant(NAMED["bf16"], {layer: Policy.parse("mlp=int4")}) for layer in (0, 20, 41)}
+    return {text: Variant(Policy.parse(text)) for text in texts} | by_layer | {"bf16-compute": noise_floor()}
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.sets(st.sampled_from(sorted(some_variants()))), st.integers(2, 8), st.integers(1, 4))
+def test_every_policy_is_in_one_pass_that_fits(names, tenths, windows):
+    variants = with_reference({name: some_variants()[name] for name in sorted(names)}, E4B)
+    memory = Memory(E4B, windows, 2048)
+    needs, allowed = memory.needs(variants), tenths * 5 * 10**8
+    try:
+        batches = passes(variants, memory, allowed)
+    except TokenError:
+        pairs = [memory.nbytes([needs[REFERENCE], needs[name]]) for name in variants]
+        assert max(pairs) > allowed
+        return
+    assert all(batch[0] == REFERENCE for batch in batches)
+    assert Counter(name for batch in batches for name in batch[1:]) == Counter(variants.keys() - {REFERENCE})
+    assert all(memory.nbytes(needs[name] for name in batch) <= allowed for batch in batches)
+    if memory.nbytes(needs.values()) <= allowed:
+        assert len(batches) == 1
+
+
+def test_work_is_shared_until_policies_differ():
+    """Counted by hand: one state, and from the layer on in which a policy first differs one more."""
+    tokens, window = 2 * 512, 512
+
+    def layer_work(layer):
+        attention = 2 * window * E4B.layers[layer].num_heads * E4B.layers[layer].head_dim
+        return tokens * (LAYER_WEIGHTS[layer] + attention)
+
+    def states(*policies):
+        *layers, head = work(list(with_reference({str(p): p for p in policies}, E4B).values()), E4B, 2, window)
+        assert head % (tokens * 262144 * 2560) == 0
+        return [work_ / layer_work(layer) for layer, work_ in enumerate(layers)], head // (tokens * 262144 * 2560)
+
+    assert states() == ([1] * 42, 1)
+    assert states(Policy.parse("ple=lru:7")) == ([1] * 42, 1)
+    assert states(Policy.parse("mlp=int4")) == ([2] * 42, 2)
+    assert states(Policy.parse("full_attention=int4")) == ([1] * 5 + [2] * 37, 2)
+    assert states(Variant(NAMED["bf16"], {20: Policy.parse("mlp=int4")})) == ([1] * 20 + [2] * 22, 2)
+    # Layer 30 has no K and V of its own.
+    assert states(Variant(NAMED["bf16"], {30: Policy.parse("kv=int4")})) == ([1] * 42, 1)
+    assert states(Policy.parse("kv=fp32/full.k=int4")) == ([1] * 5 + [2] * 37, 2)
+    assert states(Policy.parse("embedding=int4"), Policy.parse("mlp=int4")) == ([3] * 42, 3)
+
+
+def test_work_grows_linearly_with_policies_and_tokens():
+    four = [Variant(Policy.parse(f"mlp=int{bits}")) for bits in (3, 4, 5, 6)]
+    assert work(four, E4B, 1, 512)[0] * 2 == work(four, E4B, 2, 512)[0]
+    assert [2 * value for value in work(four[:2], E4B, 1, 512)] == work(four, E4B, 1, 512)
+
+
+def test_a_weight_is_quantized_once_for_all_policies_that_agree_on_it():
+    variants = [Variant(Policy.parse(text)) for text in ("mlp=int4", "mlp=int4,embedding=int8", "ple_table=int8")]
+    mlp = sum(math.prod(t.shape) for t in expected_tensors(E4B) if t.tensor_class is TensorClass.MLP)
+    assert quantized_numel(variants, E4B) == {"int4": mlp, "int8": 262144 * 2560}
+    one = Variant(NAMED["bf16"], {20: Policy.parse("mlp=int4")})
+    assert quantized_numel([one], E4B) == {"int4": mlp // 42}
+
+
+def test_every_class_and_kv_policy_is_changed_alone():
+    found = changes(E4B, ["int4", "p-rope"])
+    assert len(found) == 7 * 6 + 2
+    assert {change.tensor_class for change in found} == {*TensorClass, KV_CACHE}
+    for change in found:
+        variant = change.variant()
+        assert variant.by_layer == {}
+        assert set(variant.policy.quantized_classes) == {change.tensor_class} - {KV_CACHE}
+        assert str(variant.policy.kv) == ("bf16" if change.tensor_class != KV_CACHE else str(change.policy().kv))
+    assert str(found[0]) == "sliding_attention int8-g128"
+
+
+def test_by_layer_every_layer_that_has_the_class_is_changed_alone():
+    found = changes(E4B, ["int4"], by_layer=True)
+    layers = Counter(change.tensor_class for change in found if change.layer is not None)
+    # 35 sliding and 7 full layers, 24 with K and V of their own; the two tables and the model projection are of none.
+    assert layers == {"sliding_attention": 210, "full_attention": 42, "mlp": 252, "ple_projections": 252, KV_CACHE: 24}
+    assert sum(change.layer is None for change in found) == 43
+    one = Change("mlp", "int4-g128", 20).variant()
+    assert one.at(20).specs[TensorClass.MLP] == "int4-g128"
+    assert one.at(19).quantized_classes == one.policy.quantized_classes == ()
+
+
+def test_groups_fit_the_rows_of_the_class(toy_checkpoint):
+    """The toy's PLE table has rows of 96, its MLP of 48 and 80, its attention of 48, 64 and 128."""
+    specs = {change.tensor_class: change.spec for change in changes(TextConfig.read(toy_checkpoint))}
+    assert specs["ple_table"] == "ternary-g128"  # a row shorter than the group is one
+    assert specs["mlp"] == "ternary-g128"
+    mini = TextConfig.from_json(
+        E4B_JSON | {"text_config": E4B_JSON["text_config"] | {"hidden_size_per_layer_input": 32}}
+    )
+    assert {change.spec for change in changes(mini) if change.tensor_class == "ple_table"} == {
+        f"{scheme}-g64" for scheme in ("int8", "int6", "int5", "int4", "int3", "ternary")
+    }
+
+
+def test_the_plan_tells_passes_time_ram_and_disk(toy_checkpoint):
+    config = TextConfig.read(toy_checkpoint)
+    said = "\n".join(plan_quality("quality", config, {"x": Policy.parse("mlp=int4")}, 3, 17, 10**9))
+    assert "quality, 2 policies with the reference on 3 windows of 17 tokens: 1 pass over the file" in said
+    assert "M weights, about" in said
+    assert "1.00 GB allowed (--memory)" in said
+    assert "with --resume" in said
+
+
+TOKENS = 2048
+# Two that own K and V, and two that share them.
+LAYER_TYPES = ["sliding_attention", "full_attention"] * 2
+
+
+@pytest.fixture
+def few_layers_of_e4b(tmp_path):
+    """A checkpoint of E4B's shapes with four layers, random weights and the whole vocabulary."""
+    text = E4B_JSON["text_config"]
+    few = {"num_hidden_layers": 4, "layer_types": LAYER_TYPES, "num_kv_shared_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(E4B_JSON | {"text_config": text | few}), encoding="utf-8")
+    config = TextConfig.from_json(E4B_JSON | {"text_config": text | few})
+    rng = torch.Generator().manual_seed(0)
+    tensors = {}
+    for tensor in expected_tensors(config):
+        cols = tensor.shape[-1]
+        made = torch.empty(tensor.shape, dtype=torch.bfloat16)
+        tensors[tensor.name] = made.normal_(0.0, cols**-0.5, generator=rng) if made.dim() == 2 else made.fill_(0.5)
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+class Peak:
+    """The most anonymous memory that the process has while it lasts, over what it had before."""
+
+    def __init__(self):
+        self._done, self.nbytes = threading.Event(), 0
+        self._thread = threading.Thread(target=self._watch, args=(self._now(),))
+
+    def _now(self):
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+    def _watch(self, before):
+        while not self._done.wait(0.02):
+            self.nbytes = max(self.nbytes, self._now() - before)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception):
+        self._done.set()
+        self._thread.join()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell anonymous memory")
+def test_four_policies_on_2048_tokens_of_e4bs_layers_take_less_than_6_gb(few_layers_of_e4b):
+    """The growth of the process's peak anonymous memory, and that it is within what the plan allows for.
+
+    For all 42 layers nothing grows but the PLE inputs, which the plan counts: 2048 tokens × 42 layers × 256 × 4 bytes
+    are 88 MB, and as much again while they are made. What waits of a policy is 2048 × (2560 × 4 of hidden state + 12288
+    of the K and V that layers 24 to 41 share) = 46 MB, so five with the reference take 0.23 GB; the largest layer is
+    97 M weights, 0.39 GB decoded to fp32 and at most 0.1 GB quantized under each spec; a window's scores are
+    8 × 2048² × 4 bytes = 0.13 GB, three times in a softmax. Together some 2 GB.
+    """
+    windows = torch.randint(3, 262_144, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    windows[:, 0] = 2
+    policies = {name: NAMED[name] for name in ("int8", "int4-g128", "original-4", "int3-g128")}
+    with Checkpoint.open(few_layers_of_e4b) as checkpoint, Peak() as peak:
+        measure(checkpoint, policies, windows, memory_nbytes=6 * 10**9)
+    memory = Memory(E4B, 1, TOKENS)
+    planned = memory.nbytes(memory.needs(with_reference(policies, E4B)).values())
+    assert planned < 6 * 10**9
+    assert peak.nbytes < min(6 * 10**9, 1.5 * planned)
