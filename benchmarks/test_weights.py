@@ -202,6 +202,7 @@ DISTRIBUTIONS = {
 SYNTHETIC_SHAPE = (2048, 2560)
 
 
+@pytest.mark.benchmark(min_rounds=3, max_time=0.2)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("spec", [spec for spec in LADDER if not quantizer(spec).gptq])
 def test_synthetic(spec, distribution, record, benchmark):

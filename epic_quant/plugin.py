@@ -45,7 +45,7 @@ MOMENT_WINDOWS, MOMENT_WINDOW_TOKENS = 16, 512
 
 _LEAST_KV_CONTEXT = 128
 
-_DEFAULT_WINDOWS = 4
+_DEFAULT_WINDOWS = 3
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -104,7 +104,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--windows",
         type=_positive,
         metavar="N",
-        help="windows of each text that quality is judged on (default: 4; 1 on a checkpoint over 1 GB)",
+        help="windows of each text that quality is judged on (default: 3; 1 on a checkpoint over 1 GB)",
     )
     group.addoption(
         "--window-tokens",

@@ -56,8 +56,8 @@ def error_findings(run: Run) -> list[str]:
     if (ratio_inverted := quotient(inverted, original)) is not None:
         verdict = "more bits" if ratio_inverted < 1 else "no more bits"
         found.append(
-            f"At the total of {code(ORIGINAL)}, dims that carry no position deserve {verdict} than those that do: "
-            f"the other way round the error is {significant(ratio_inverted)}×."
+            f"With the bits of {code(ORIGINAL)} the other way round, and no more of them in all, the error is "
+            f"{significant(ratio_inverted)}×: dims that carry no position deserve {verdict} than those that do."
         )
     return found
 
