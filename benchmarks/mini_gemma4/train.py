@@ -11,17 +11,21 @@ result differs between machines only by the rounding of their matrix products.
 from __future__ import annotations
 
 import argparse
+import importlib
+import inspect
 import json
 import math
 import sys
 import sysconfig
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+from torch import Tensor, nn
+from transformers import AttentionInterface, Gemma4ForCausalLM, Gemma4TextConfig
 
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -34,6 +38,7 @@ EVAL_MODULES = {"argparse", "asyncio", "csv", "heapq", "ipaddress", "json", "shu
 CALIBRATION_MODULES = {"concurrent", "decimal", "fractions", "http", "_pydecimal", "pathlib", "textwrap", "typing"}
 HELD_OUT_NBYTES = 256 * 1024
 LEFT_OUT_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_DYNLOAD = Path(sysconfig.get_paths()["stdlib"]) / "lib-dynload"
 TABLES = {"encodings"}  # A seventh of the text, and nearly all of it tables of characters.
 
 
@@ -57,6 +62,24 @@ def read_sources() -> tuple[dict[str, str], str, str]:
         else:
             training[path.relative_to(root).as_posix()] = text
     return training, _piece(held_out["eval"]), _piece(held_out["calibration"])
+
+
+def extension_docstrings() -> str:
+    """The docstrings of modules written in C, their functions, classes and methods; not those of held-out modules."""
+    names = {*sys.builtin_module_names, *(path.name.split(".")[0] for path in _DYNLOAD.glob("*.so"))}
+    held_out = EVAL_MODULES | CALIBRATION_MODULES
+    found: dict[str, None] = {}  # each text once, in order
+    for name in sorted(names):
+        if "test" in name or name.lstrip("_") in held_out or name in held_out:
+            continue
+        module = importlib.import_module(name)
+        for member, value in [(name, module), *sorted(vars(module).items())]:
+            inside = sorted(vars(value).items()) if inspect.isclass(value) else []
+            for title, one in [(member, value), *((f"{member}.{attribute}", one) for attribute, one in inside)]:
+                documented = callable(one) or inspect.ismodule(one) or inspect.isdatadescriptor(one)
+                if documented and isinstance(text := getattr(one, "__doc__", None), str):
+                    found[f'{title}\n"""{inspect.cleandoc(text)}"""\n\n'] = None
+    return "".join(found)
 
 
 def _piece(files: list[str]) -> str:
@@ -131,19 +154,70 @@ def make_config() -> Gemma4TextConfig:
     )
 
 
-def make_model(seed: int, init: Path | None) -> Gemma4ForCausalLM:
-    """A new model, or the one that was saved in the folder `init`; fp32, its layer scalars trainable."""
+def attention(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: None, scaling: float, **_: object
+) -> tuple[Tensor, None]:
+    """Causal attention over whole windows, q [B, heads, S, D] -> [B, S, heads, D], for `transformers` to call.
+
+    What a sliding layer does not see is not computed: each piece of as many tokens as it sees is attended from
+    together, with the piece before it.
+    """
+    window, tokens = module.sliding_window, q.shape[2]
+    if window is None or tokens <= window:
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        return mixed.transpose(1, 2), None
+    pieces = -(-tokens // window)
+
+    def split(x: Tensor) -> Tensor:  # [B, heads, S, D] -> [B, pieces, heads, window, D]
+        x = F.pad(x, (0, 0, 0, pieces * window - tokens))
+        return x.unflatten(2, (pieces, window)).transpose(1, 2)
+
+    def with_earlier(x: Tensor) -> Tensor:  # -> [B * pieces, heads, 2 * window, D]
+        x = split(x)
+        return torch.cat([F.pad(x, (0, 0, 0, 0, 0, 0, 1, -1)), x], dim=3).flatten(0, 1)
+
+    query, key = torch.arange(window)[:, None], torch.arange(2 * window)
+    seen = (key > query) & (key <= query + window)
+    seen = torch.stack([seen & (key >= window), *[seen] * (pieces - 1)])  # nothing stands before the first piece
+    mixed = F.scaled_dot_product_attention(
+        split(q).flatten(0, 1),
+        with_earlier(k),
+        with_earlier(v),
+        attn_mask=seen[:, None].repeat(len(q), 1, 1, 1),
+        scale=scaling,
+        enable_gqa=True,
+    )
+    return mixed.transpose(1, 2).reshape(len(q), pieces * window, q.shape[1], -1)[:, :tokens], None
+
+
+def make_model(seed: int, init: Path | None, dropout: float) -> Gemma4ForCausalLM:
+    """A new model, or the one that was saved in the folder `init`; fp32, its layer scalars trainable.
+
+    In training, `dropout` falls on what attention, MLP and PLE add to the stream.
+    """
     torch.manual_seed(seed)
+    AttentionInterface.register("windows", attention)
     if init is None:
-        model = Gemma4ForCausalLM._from_config(make_config(), attn_implementation="sdpa", dtype=torch.float32)
+        model = Gemma4ForCausalLM._from_config(make_config(), attn_implementation="windows", dtype=torch.float32)
     else:
-        model = Gemma4ForCausalLM.from_pretrained(init, attn_implementation="sdpa", dtype=torch.float32)
+        model = Gemma4ForCausalLM.from_pretrained(init, attn_implementation="windows", dtype=torch.float32)
     for layer in model.train().model.layers:
+        for added in (
+            layer.post_attention_layernorm,
+            layer.post_feedforward_layernorm,
+            layer.post_per_layer_input_norm,
+        ):
+            added.register_forward_hook(partial(_drop, dropout))
         # A buffer in `transformers`, which does not train it; E4B's are trained, and far from 1.
         start = torch.full((1,), 0.9) if init is None else layer.layer_scalar.clone()
         del layer.layer_scalar
         layer.layer_scalar = torch.nn.Parameter(start)
     return model
+
+
+def _drop(probability: float, module: nn.Module, _: object, x: Tensor) -> Tensor:
+    """Variational dropout: channels of x [B, S, H], the same for all tokens of a window."""
+    return x * F.dropout(x.new_ones(len(x), 1, x.shape[2]), probability, module.training)
 
 
 def windows(stream: torch.Tensor, count: int, length: int, generator: torch.Generator) -> torch.Tensor:
@@ -168,9 +242,8 @@ def bits_per_byte(model: Gemma4ForCausalLM, tokenizer: Tokenizer, text: str, len
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over 50 steps, then a cosine down to a twentieth of the peak."""
-    warm = min(1.0, (step + 1) / 50)
-    return peak * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    """Linear warm-up over 50 steps, the peak, and from 65% of the steps on a straight line to nothing."""
+    return peak * min(1.0, (step + 1) / 50, (steps - step) / (0.35 * steps))
 
 
 def main() -> None:
@@ -180,6 +253,8 @@ def main() -> None:
     parser.add_argument("--long-steps", type=int, default=150, help="of these, the last ones on windows of 2048 tokens")
     parser.add_argument("--init", type=Path, metavar="FOLDER", help="go on from the weights that an earlier run saved")
     parser.add_argument("--peak-lr", type=float, default=3e-3)
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--weight-decay", type=float, default=0.3)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -190,25 +265,27 @@ def main() -> None:
     else:  # Training one breaks ties by chance, and the weights know only their own.
         tokenizer = Tokenizer.from_file(str(arguments.init / "tokenizer.json"))
     training = [text for path, text in sources.items() if not TABLES.intersection(path.split("/"))]
+    training.append(extension_docstrings())
     nbytes = sum(len(text.encode()) for text in training)
     ids = [token for text in training for token in [*tokenizer.encode(text, add_special_tokens=False).ids, EOS_ID]]
     stream = torch.tensor(ids)
     print(f"{len(training)} files, {nbytes:,} bytes, {len(stream):,} tokens", flush=True)
 
-    model = make_model(arguments.seed, arguments.init)
+    model = make_model(arguments.seed, arguments.init, arguments.dropout)
     named = list(model.named_parameters())
     matrices = [p for name, p in named if p.dim() > 1 and "embed_tokens" not in name]
     tables = [p for name, p in named if p.dim() > 1 and "embed_tokens" in name]
     vectors = [p for _, p in named if p.dim() <= 1]
     optimizers = [
-        torch.optim.Muon(matrices, lr=arguments.peak_lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(
+            matrices, lr=arguments.peak_lr, weight_decay=arguments.weight_decay, adjust_lr_fn="match_rms_adamw"
+        ),
         torch.optim.AdamW(
-            [{"params": tables, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+            [{"params": tables, "weight_decay": arguments.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
             lr=arguments.peak_lr,
             betas=(0.9, 0.95),
         ),
     ]
-    compiled = torch.compile(loss_of, dynamic=False)
     generator = torch.Generator().manual_seed(arguments.seed)
     start, smooth = time.monotonic(), None
     for step in range(arguments.steps):
@@ -217,7 +294,7 @@ def main() -> None:
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = learning_rate(step, arguments.steps, arguments.peak_lr)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = compiled(model, batch)
+            loss = loss_of(model, batch)
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
