@@ -6,12 +6,12 @@ import re
 from collections.abc import Mapping
 
 from epic_quant.errors import SpecError, unknown
-from epic_quant.quant import absmax, bf16, codebook, integer, ternary
+from epic_quant.quant import absmax, affine, bf16, codebook, integer, ternary
 from epic_quant.quant.base import Quantizer
 from epic_quant.quant.scheme import Scheme
 
 SCHEMES: Mapping[str, Scheme] = {
-    scheme.name: scheme for module in (bf16, absmax, ternary, integer, codebook) for scheme in module.SCHEMES
+    scheme.name: scheme for module in (bf16, absmax, ternary, integer, affine, codebook) for scheme in module.SCHEMES
 }
 
 _NUMBER = "[1-9][0-9]*"

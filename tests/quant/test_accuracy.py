@@ -86,6 +86,34 @@ def test_integer_scales_are_near_the_best_of_a_dense_search(weight, bits, excess
     assert relative_l2(found, groups) <= excess * math.sqrt(least.sum() / groups.square().sum())
 
 
+@pytest.mark.parametrize(("bits", "excess"), [(2, 1.015), (3, 1.015), (4, 1.02), (6, 1.05), (8, 1.1)])
+@pytest.mark.parametrize("offset", [0.0, 5.0])
+@pytest.mark.parametrize("group", [32, 2560])
+def test_affine_lines_are_near_the_best_of_a_dense_search(weight, bits, excess, offset, group):
+    groups = weight[:16].reshape(-1, group).double() + offset
+    top, low, high = (1 << bits) - 1, *torch.aminmax(groups, dim=1, keepdim=True)
+    least = torch.full((len(groups),), math.inf, dtype=torch.float64)
+    for factor in torch.linspace(0.1, 1.05, 96).tolist():
+        for center in ((low + high) / 2, groups.mean(1, True), groups.median(1, True).values):
+            start, step = center - factor * (high - low) / 2, factor * (high - low) / top
+            codes = ((groups - start) / step).round().clamp(0, top)
+            # The best line through the codes leaves 1 - r² of the variance.
+            codes, values = codes - codes.mean(1, True), groups - groups.mean(1, True)
+            explained = (codes * values).sum(1).square() / codes.square().sum(1)
+            least = torch.minimum(least, values.square().sum(1) - explained)
+    found = quantizer(f"affine{bits}").quantize(groups).dequantize()
+    error = (found - groups).square().sum()
+    assert error.sqrt() <= excess * least.sum().sqrt()
+
+
+def test_a_mean_far_from_zero_costs_affine_nothing():
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(3))
+    around_zero, far = (quantizer("affine4").quantize(weight + offset) for offset in (0.0, 8.0))
+    expected = relative_l2(around_zero.dequantize(), weight)
+    assert relative_l2(far.dequantize() - 8, weight) == pytest.approx(expected, rel=0.02)
+    assert relative_l2(quantizer("int4").quantize(weight + 8).dequantize() - 8, weight) > 2 * expected
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_the_extra_level_falls_to_the_larger_side(bits):
     ramp = torch.arange(-(1 << (bits - 1)), 1 << (bits - 1)).float().unsqueeze(0)
@@ -141,8 +169,9 @@ def test_num_levels_are_the_values_that_a_weight_can_take(name):
     if scheme.scales_per_group == 0:
         pytest.skip("every value of bf16")
     weight = torch.linspace(-1, 1, 4001).unsqueeze(0)
+    zero_point = [-1.0] * (scheme.scales_per_group - 1)
     values = [
         scheme.decode(scheme.encode(weight, scale), scale).unique()
-        for scale in 2.0 / torch.tensor([[[s]] for s in (2.0, 300.0)])
+        for scale in torch.tensor([[[2 / s, *zero_point]] for s in (2.0, 300.0)])
     ]
     assert max(map(len, values)) == scheme.num_levels

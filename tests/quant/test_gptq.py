@@ -34,7 +34,17 @@ def test_feedback_takes_a_third_off_the_output_error(layer):
 
 @pytest.mark.parametrize(
     "base",
-    ["ternary", "int2-g32", "int4", "codebook2-g64", "codebook3+had64", "absmax4", "ternary-g32+had256", "int3-g2"],
+    [
+        "ternary",
+        "int2-g32",
+        "int4",
+        "codebook2-g64",
+        "codebook3+had64",
+        "absmax4",
+        "ternary-g32+had256",
+        "int3-g2",
+        "affine3-g32",
+    ],
 )
 def test_feedback_works_over_any_scheme(base, layer):
     assert output_error(f"{base}+gptq", layer, layer[2].double()) < 0.9 * output_error(base, layer, None)
@@ -88,8 +98,21 @@ def test_moments_that_do_not_fit_are_told(layer, moments, message):
         quantizer("int4+gptq").quantize(layer[0], moments)
 
 
-def test_rows_do_not_touch_each_other(layer, monkeypatch):
+def test_rows_do_not_touch_each_other(layer):
+    weight, _, moments = layer
     spec = quantizer("int4-g32+gptq")
-    whole = spec.quantize(layer[0], layer[2])
+    others = torch.arange(ROWS) % 7 != 3
+    changed = torch.where(others.unsqueeze(1), weight.flip(0) * 3, weight)
+    whole, again = (spec.quantize(one, moments).dequantize() for one in (weight, changed))
+    assert torch.equal(whole[~others], again[~others])
+    assert not torch.equal(whole[others], again[others])
+
+
+def test_many_chunks_are_as_one_but_for_the_rounding_of_sums(layer, monkeypatch):
+    """Matrix products of other shapes may add up in another order, and a code on the edge may then fall elsewhere."""
+    spec = quantizer("int4-g32+gptq")
+    whole = spec.quantize(layer[0], layer[2]).dequantize()
     monkeypatch.setattr("epic_quant.quant.base._FEEDBACK_CHUNK", 10 * COLS)
-    torch.testing.assert_close(spec.quantize(layer[0], layer[2]).dequantize(), whole.dequantize())
+    parts = spec.quantize(layer[0], layer[2]).dequantize()
+    assert (parts == whole).float().mean() > 0.99
+    assert output_error("int4-g32+gptq", layer, layer[2]) < 0.66 * output_error("int4-g32", layer, None)
