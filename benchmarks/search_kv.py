@@ -38,10 +38,14 @@ BITS = (2, 3, 4, 5, 6)
 BY_TOKEN = [
     *(f"int{bits}{rest}" for bits in BITS for rest in ("", "+had512")),
     *(f"codebook{bits}{rest}" for bits in (2, 3, 4) for rest in ("", "+had512")),
+    *(f"affine{bits}" for bits in (2, 3, 4)),
 ]
 BY_CHANNEL = [
     f"{scheme}@{block}"
-    for scheme in (*(f"int{bits}" for bits in BITS), *(f"codebook{bits}" for bits in (2, 3, 4)))
+    for scheme in (
+        *(f"int{bits}" for bits in BITS),
+        *(f"{family}{bits}" for family in ("codebook", "affine") for bits in (2, 3, 4)),
+    )
     for block in (64, 128)
 ]
 # What is left unquantized. The first tokens draw much attention, whatever they are, and cost next to nothing; the

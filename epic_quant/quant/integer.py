@@ -47,6 +47,6 @@ class Integer(Scheme):
 
 
 # The best step of a uniform quantizer with 2^b levels for a unit Gaussian: Max (1960), table II, continued to 8 bits.
-GAUSSIAN_STEPS = {2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.0308}
+_GAUSSIAN_STEPS = {2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.0308}
 
-SCHEMES = tuple(Integer(f"int{bits}", BitPacking(bits), bits, step) for bits, step in GAUSSIAN_STEPS.items())
+SCHEMES = tuple(Integer(f"int{bits}", BitPacking(bits), bits, step) for bits, step in _GAUSSIAN_STEPS.items())
