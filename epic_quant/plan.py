@@ -11,7 +11,7 @@ from torch import Tensor
 
 from epic_quant import machine
 from epic_quant.checkpoint import Checkpoint
-from epic_quant.gemma4.block import decoder_block
+from epic_quant.gemma4.block import decoder_block, num_scores
 from epic_quant.gemma4.config import TextConfig
 from epic_quant.gemma4.kv_store import ForwardKV
 from epic_quant.gemma4.model import attention_masks, rope_tables
@@ -124,8 +124,8 @@ def _seconds_a_multiplication(config: TextConfig, window_tokens: int) -> float:
         run()
         rounds += 1
     elapsed = time.perf_counter() - start
-    attention = 2 * tokens * spec.num_heads * spec.head_dim
-    return elapsed / (rounds * windows * tokens * (layer_numel(config)[spec.index] + attention))
+    attention = 2 * num_scores(spec, tokens) * spec.num_heads * spec.head_dim
+    return elapsed / (rounds * windows * (tokens * layer_numel(config)[spec.index] + attention))
 
 
 def _seconds_a_weight(spec: str) -> float:

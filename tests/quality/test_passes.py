@@ -65,8 +65,9 @@ def test_work_is_shared_until_policies_differ():
     tokens, window = 2 * 512, 512
 
     def layer_work(layer):
-        attention = 2 * window * E4B.layers[layer].num_heads * E4B.layers[layer].head_dim
-        return tokens * (LAYER_WEIGHTS[layer] + attention)
+        # 256 queries at a time against the 256 keys up to theirs, then 256 against 512.
+        scores = 2 * (256 * 256 + 256 * 512) * E4B.layers[layer].num_heads
+        return tokens * LAYER_WEIGHTS[layer] + 2 * scores * E4B.layers[layer].head_dim
 
     def states(*policies):
         *layers, head = work(list(with_reference({str(p): p for p in policies}, E4B).values()), E4B, 2, window)
