@@ -44,9 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         run = read_run(options.json)
         if options.budget is not None:
-            recipe = within_resident(run, options.budget, by_layer)
+            recipe = within_resident(run, options.budget, by_layer, options.keep)
         else:
-            recipe = within_bits(run, options.bits, by_layer)
+            recipe = within_bits(run, options.bits, by_layer, options.keep)
         lines = list(_policy(run, recipe) if options.format == "policy" else _llama_cpp(run, recipe))
     except EpicQuantError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -103,8 +103,8 @@ def _told(recipe: Recipe) -> Iterator[str]:
 
 def _measured(run: Run, policy: str) -> tuple[float, float | None] | None:
     """Divergence on the evaluation text and its standard error, of a policy of the run that stores the same."""
-    for name, text in (run.facts.get("policy_strings") or {}).items():
-        if class_specs(str(text)) == class_specs(policy):
+    for name in run.labels("quality", "policy"):
+        if class_specs(run.policy_string(name)) == class_specs(policy):
             kl = run.value("quality", "kl_divergence", policy=name)
             if kl is not None:
                 return kl, run.value("quality", "kl_se", policy=name)
@@ -151,6 +151,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--by", choices=("class", "layer"), default="class", help="one spec for each class, or for each layer of it"
+    )
+    parser.add_argument(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="CLASS",
+        help="leave this class, or the kv_cache, in bf16 (repeatable)",
     )
     parser.add_argument("--version", action="version", version=f"epic_quant {__version__}")
     return parser

@@ -40,7 +40,10 @@ def test_each_layer_is_that_of_transformers(toy, reference, request, name, ids, 
 
 
 @given(
-    window=st.none() | st.integers(1, 700), tokens=st.integers(1, 900), before=st.integers(0, 300), queries=st.integers()
+    window=st.none() | st.integers(1, 700),
+    tokens=st.integers(1, 900),
+    before=st.integers(0, 300),
+    queries=st.integers(),
 )
 def test_a_query_attends_with_every_key_that_it_sees(window, tokens, before, queries):
     """By the definition: its own key, and of those before it as many as the window holds."""

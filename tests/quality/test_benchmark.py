@@ -14,6 +14,7 @@ from epic_quant.gemma4.tensors import TensorClass
 from epic_quant.records import JSON_KEY, Record
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+RECIPES = ("recipe at mlp=int4, kv=bf16", "recipe at mlp=int4, kv chosen")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def finished(options, tmp_path_factory):
 
 def test_every_policy_and_the_noise_floor_are_recorded(finished):
     records = {record.labels["policy"]: record for record in finished[1] if record.subject == "quality"}
-    assert set(records) == {"bf16", "mlp=int4", "bf16-compute"}
+    assert set(records) == {"bf16", "mlp=int4", "bf16-compute", *RECIPES}
     assert records["bf16"].metrics["kl_divergence"] == 0
     assert records["mlp=int4"].metrics["kl_divergence"] > records["bf16-compute"].metrics["kl_divergence"] > 0
     assert records["mlp=int4"].metrics["nbytes"] < records["bf16"].metrics["nbytes"]
@@ -59,6 +60,33 @@ def test_every_policy_and_the_noise_floor_are_recorded(finished):
         assert record.metrics["resident_nbytes"] == sum(record.details["parts"].values())
         assert record.details["num_tokens"] == 2 * 11
         assert all(math.isfinite(value) for value in record.metrics.values())
+
+
+def test_recipes_keep_to_the_bytes_of_the_policy_they_stand_beside(finished):
+    """And predict what the single classes have on the text of calibration, of those that they quantize."""
+    records = {record.labels["policy"]: record for record in finished[1] if record.subject == "quality"}
+    alone = {
+        (record.labels["tensor_class"], record.labels["spec"]): record.metrics["kl_divergence"]
+        for record in finished[1]
+        if record.subject == "sensitivity" and record.labels["text"] == "calibration"
+    }
+    for name in RECIPES:
+        record = records[name]
+        assert record.details["recipe_at"] == "mlp=int4"
+        assert record.metrics["resident_nbytes"] <= records["mlp=int4"].metrics["resident_nbytes"]
+        said = dict(part.split("=", 1) for part in record.details["policy"].split(","))
+        assert said.pop("kv") in (("bf16",) if name.endswith("kv=bf16") else ("bf16", "int4"))
+        del said["ple"]
+        if name.endswith("kv=bf16"):
+            assert record.metrics["predicted_kl_divergence"] == pytest.approx(sum(alone[part] for part in said.items()))
+
+
+def test_recipes_alone_can_be_made(options, tmp_path):
+    """Their sensitivities and qualities are measured for them."""
+    status, printed = pytest_run(*options, "-k", "test_recipe", "--benchmark-json", tmp_path / "out.json")
+    assert status == 0, printed
+    assert "2 passed" in printed
+    assert "2 skipped" in printed, "bf16 is at no bytes but its own"
 
 
 def test_every_change_is_recorded_on_both_texts(finished):
@@ -80,7 +108,8 @@ def test_every_change_is_recorded_on_both_texts(finished):
 def test_the_plan_is_told_and_states_are_kept(finished):
     assert "quality, 3 policies with the reference on 2 windows of 12 tokens: 1 pass" in finished[0]
     assert "sensitivity, 44 policies with the reference on 4 windows of 12 tokens: 1 pass" in finished[0]
-    assert sorted(path.name for path in finished[2].iterdir()) == ["quality.safetensors", "sensitivity.safetensors"]
+    names = ["quality.safetensors", "recipe.safetensors", "sensitivity.safetensors"]
+    assert sorted(path.name for path in finished[2].iterdir()) == names
 
 
 def test_a_plan_alone_counts_layers_where_they_are_asked_for(options):

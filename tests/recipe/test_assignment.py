@@ -43,6 +43,19 @@ def test_no_other_assignment_of_as_many_resident_bytes_diverges_less(budget, run
     assert recipe.nbytes == counted[2]
 
 
+def test_what_is_kept_stays_as_it_is(run):
+    recipe = within_resident(run, 160_000, keep=["mlp"])
+    kept = [one for one in every_assignment() if one[0]["mlp"] == "bf16" and one[3] <= 160_000]
+    assert recipe.predicted == pytest.approx(min(one[1] for one in kept))
+    assert recipe.resident_nbytes == next(one[3] for one in kept if one[0].items() >= specs_of(recipe).items())
+    assert "mlp" not in recipe.policy
+
+
+def test_what_is_not_there_cannot_be_kept(run):
+    with pytest.raises(RecipeError, match="no sensitivities of 'mpl' to leave out; there are of full_attention, mlp"):
+        within_resident(run, 10**9, keep=["mpl"])
+
+
 @pytest.mark.parametrize("bits", [2.0, 4.2, 5.5, 8.0, 16.0])
 def test_bits_are_the_average_over_all_weights(bits, run):
     recipe = within_bits(run, bits)
