@@ -29,7 +29,7 @@ METRICS = {"kl_divergence_se": "kl_se"}
 
 # What a recipe leaves as it is. The named policies keep K and V in bf16, and at a long context those outweigh a small
 # model's weights: only a recipe that keeps them too spends the same bytes on the same things.
-KEPT = {"kv=bf16": (KV_CACHE,), "kv chosen": ()}
+KEPT = {"in bf16": (KV_CACHE,), "chosen": ()}
 
 
 @pytest.fixture(scope="session")
@@ -186,7 +186,7 @@ def test_recipe(policy_name, kv, run, request, record_quality):
     if isinstance(recipe, RecipeError):
         pytest.skip(str(recipe))
     metrics = record_quality(
-        f"recipe at {policy_name}, {kv}",
+        f"recipe at {policy_name}, K and V {kv}",
         Policy.parse(recipe.policy),
         request.getfixturevalue("recipe_qualities"),
         recipe.policy,

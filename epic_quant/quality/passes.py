@@ -90,7 +90,7 @@ class Memory:
         tokens = windows * self.window_tokens
         wide = max(3 * layer.intermediate_size for layer in self.config.layers) + 6 * self.config.hidden_size
         # Scores of a block of queries, their softmax, and one to spare.
-        scores = max(
+        scores: int = max(
             layer.num_heads * (queries.stop - queries.start) * (keys.stop - keys.start)
             for layer in self.config.layers
             for queries, keys in query_blocks(layer, self.window_tokens, self.window_tokens)

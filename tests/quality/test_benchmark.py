@@ -14,7 +14,7 @@ from epic_quant.gemma4.tensors import TensorClass
 from epic_quant.records import JSON_KEY, Record
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-RECIPES = ("recipe at mlp=int4, kv=bf16", "recipe at mlp=int4, kv chosen")
+RECIPES = ("recipe at mlp=int4, K and V in bf16", "recipe at mlp=int4, K and V chosen")
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +75,9 @@ def test_recipes_keep_to_the_bytes_of_the_policy_they_stand_beside(finished):
         assert record.details["recipe_at"] == "mlp=int4"
         assert record.metrics["resident_nbytes"] <= records["mlp=int4"].metrics["resident_nbytes"]
         said = dict(part.split("=", 1) for part in record.details["policy"].split(","))
-        assert said.pop("kv") in (("bf16",) if name.endswith("kv=bf16") else ("bf16", "int4"))
+        assert said.pop("kv") in (("bf16",) if name.endswith("bf16") else ("bf16", "int4"))
         del said["ple"]
-        if name.endswith("kv=bf16"):
+        if name.endswith("bf16"):
             assert record.metrics["predicted_kl_divergence"] == pytest.approx(sum(alone[part] for part in said.items()))
 
 
