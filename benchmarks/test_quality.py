@@ -55,7 +55,7 @@ def evaluated(run, pytestconfig, moments_for):
 
 
 def specs_of(variant):
-    return variant.specs if isinstance(variant, Variant) else set(variant.specs.values())
+    return variant.specs if isinstance(variant, Variant) else variant.all_specs
 
 
 @pytest.fixture(scope="session")

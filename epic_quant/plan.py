@@ -16,7 +16,7 @@ from epic_quant.gemma4.config import TextConfig
 from epic_quant.gemma4.kv_store import ForwardKV
 from epic_quant.gemma4.model import attention_masks, rope_tables
 from epic_quant.gemma4.tensors import TextTensor, expected_tensors
-from epic_quant.policy import Policy
+from epic_quant.policy import UNQUANTIZED, Policy
 from epic_quant.quality import Variant
 from epic_quant.quality.passes import Memory, layer_numel, passes, quantized_numel, work
 from epic_quant.quality.variants import with_reference
@@ -35,16 +35,11 @@ def sampled_shape(tensor: TextTensor, sampled_rows: int | None) -> tuple[int, in
 def plan(checkpoint: Checkpoint, config: TextConfig, policies: Iterable[Policy], sampled_rows: int | None) -> list[str]:
     """Lines for people: weights to quantize for each scheme and how long that takes, RAM, disk."""
     matrices = [tensor for tensor in expected_tensors(config) if tensor.tensor_class is not None and not tensor.dead]
-    pairs = {
-        (policy.specs[tensor_class], tensor_class) for policy in policies for tensor_class in policy.quantized_classes
-    }
+    quantized = {(policy.spec_of(tensor), tensor) for policy in policies for tensor in matrices}
+    pairs = {(spec, tensor.tensor_class) for spec, tensor in quantized if spec != UNQUANTIZED}
     lines, total_s = [], 0.0
     for spec in sorted({spec for spec, _ in pairs}):
-        sampled = [
-            math.prod(sampled_shape(tensor, sampled_rows))
-            for tensor in matrices
-            if (spec, tensor.tensor_class) in pairs
-        ]
+        sampled = [math.prod(sampled_shape(tensor, sampled_rows)) for said, tensor in quantized if said == spec]
         seconds = sum(sampled) * _seconds_a_weight(spec)
         total_s += seconds
         lines.append(f"  {spec}: {sum(sampled) / 1e6:,.1f} M weights, about {seconds:,.0f} s")

@@ -19,7 +19,7 @@ from epic_quant.quant import Weight, linear
 
 # Queries that attend together at most; fewer where the window is shorter. More would compute more blocked scores, fewer
 # make products too small to be fast.
-_BLOCK_QUERIES = 256
+_BLOCK_QUERIES = 128
 _KEYS = 64
 
 # Computes x @ weight.T, as `quant.linear` does; is also told the weight's name inside the layer.

@@ -11,7 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from epic_quant import __version__
-from epic_quant.errors import EpicQuantError, RecipeError
+from epic_quant.errors import EpicQuantError
 from epic_quant.recipe.assignment import Recipe, within_bits, within_resident
 from epic_quant.recipe.llama_cpp import BITS, nearest_type, tensor_type_arguments
 from epic_quant.results.reading import read_run
@@ -38,10 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     by_layer = options.by == "layer"
     try:
-        if by_layer and options.format == "policy":
-            raise RecipeError(
-                "a policy string has one spec for all layers of a class; --by layer needs --format llama.cpp"
-            )
         run = read_run(options.json)
         if options.budget is not None:
             recipe = within_resident(run, options.budget, by_layer, options.keep)
@@ -150,7 +146,10 @@ def _parser() -> argparse.ArgumentParser:
         help="a string for --policy, or arguments of llama.cpp's llama-quantize with its nearest types",
     )
     parser.add_argument(
-        "--by", choices=("class", "layer"), default="class", help="one spec for each class, or for each layer of it"
+        "--by",
+        choices=("class", "layer"),
+        default="class",
+        help="one spec for each class, or for each layer of it (needs a run with --by-layer)",
     )
     parser.add_argument(
         "--keep",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from epic_quant.errors import RecipeError
+from epic_quant.layers import format_layers
 from epic_quant.recipe.program import Option, assign, least_cost
 from epic_quant.results.run import Run
 from epic_quant.results.sensitivities import (
@@ -72,13 +73,26 @@ class Recipe:
 
     @property
     def policy(self) -> str:
-        """The policy string. Raises RecipeError where layers of a class differ: a policy has one spec a class."""
-        if any(unit.layer is not None for unit, _ in self.parts):
-            raise RecipeError("a policy string has one spec for all layers of a class")
-        said = {unit.tensor_class: choice.spec for unit, choice in self.parts if choice.spec != UNQUANTIZED}
+        """The policy string: of a class by layer the commonest spec, and after it what other layers have."""
+        layers: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+        said = {}
+        for unit, choice in self.parts:
+            if unit.layer is None:
+                said[unit.tensor_class] = choice.spec
+            else:
+                layers[unit.tensor_class][choice.spec].append(unit.layer)
+        for tensor_class, by_spec in layers.items():
+            commonest = max(by_spec, key=lambda spec: len(by_spec[spec]))
+            said[tensor_class] = commonest
+            said |= {
+                f"{tensor_class}@{format_layers(numbers)}": spec
+                for spec, numbers in by_spec.items()
+                if spec != commonest
+            }
         kv = said.pop(KV_CACHE, UNQUANTIZED)
         ple = [] if self.ple is None else [f"ple={self.ple}"]
-        return ",".join([*(f"{key}={spec}" for key, spec in said.items()), f"kv={kv}", *ple])
+        parts = [f"{key}={spec}" for key, spec in said.items() if spec != UNQUANTIZED or "@" in key]
+        return ",".join([*parts, f"kv={kv}", *ple])
 
 
 def within_resident(run: Run, budget: int, by_layer: bool = False, keep: Collection[str] = ()) -> Recipe:

@@ -60,8 +60,8 @@ def test_a_query_attends_with_every_key_that_it_sees(window, tokens, before, que
 def test_few_scores_are_computed_that_a_window_blocks():
     """At E4B's window of 512 tokens; on full layers little more than the half that causality leaves."""
     sliding, full = SimpleNamespace(sliding_window=512), SimpleNamespace(sliding_window=None)
-    assert num_scores(sliding, 2048) <= 2048 * (512 + 256)
-    assert num_scores(full, 2048) == 2048 * (2048 + 256) // 2
+    assert num_scores(sliding, 2048) <= 2048 * (512 + 128)
+    assert num_scores(full, 2048) == 2048 * (2048 + 128) // 2
     assert num_scores(full, 17) == num_scores(sliding, 17) == 17 * 17
 
 

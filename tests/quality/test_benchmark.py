@@ -14,7 +14,8 @@ from epic_quant.gemma4.tensors import TensorClass
 from epic_quant.records import JSON_KEY, Record
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-RECIPES = ("recipe at mlp=int4, K and V in bf16", "recipe at mlp=int4, K and V chosen")
+BY_LAYER = "mlp=int4,mlp@0-2+7=int8"
+RECIPES = [f"recipe at {policy}, K and V {kv}" for policy in ("mlp=int4", BY_LAYER) for kv in ("in bf16", "chosen")]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def options(toy, tmp_path_factory):
         text = " ".join(str(4 + number * step % 100) for number in range(60))
         (folder / f"{name}.txt").write_text(text, encoding="utf-8")
     texts = ["--text", folder / "evaluation.txt", "--calibration-text", folder / "calibration.txt"]
-    policies = ["--policy", "mlp=int4", "--kv-policy", "int4", "--context", "100"]
+    policies = ["--policy", "mlp=int4", "--policy", BY_LAYER, "--kv-policy", "int4", "--context", "100"]
     return ["--checkpoint", folder, *texts, *policies, "--windows", "2", "--window-tokens", "12"]
 
 
@@ -52,10 +53,12 @@ def finished(options, tmp_path_factory):
 
 def test_every_policy_and_the_noise_floor_are_recorded(finished):
     records = {record.labels["policy"]: record for record in finished[1] if record.subject == "quality"}
-    assert set(records) == {"bf16", "mlp=int4", "bf16-compute", *RECIPES}
+    assert set(records) == {"bf16", "mlp=int4", BY_LAYER, "bf16-compute", *RECIPES}
     assert records["bf16"].metrics["kl_divergence"] == 0
     assert records["mlp=int4"].metrics["kl_divergence"] > records["bf16-compute"].metrics["kl_divergence"] > 0
-    assert records["mlp=int4"].metrics["nbytes"] < records["bf16"].metrics["nbytes"]
+    order = ["mlp=int4", BY_LAYER, "bf16"]
+    assert order == sorted(order, key=lambda name: records[name].metrics["nbytes"])
+    assert order == sorted(order, key=lambda name: -records[name].metrics["kl_divergence"])
     for record in records.values():
         assert record.metrics["resident_nbytes"] == sum(record.details["parts"].values())
         assert record.details["num_tokens"] == 2 * 11
@@ -72,8 +75,9 @@ def test_recipes_keep_to_the_bytes_of_the_policy_they_stand_beside(finished):
     }
     for name in RECIPES:
         record = records[name]
-        assert record.details["recipe_at"] == "mlp=int4"
-        assert record.metrics["resident_nbytes"] <= records["mlp=int4"].metrics["resident_nbytes"]
+        at = records[record.details["recipe_at"]]
+        assert name.startswith(f"recipe at {at.labels['policy']}, ")
+        assert record.metrics["resident_nbytes"] <= at.metrics["resident_nbytes"]
         said = dict(part.split("=", 1) for part in record.details["policy"].split(","))
         assert said.pop("kv") in (("bf16",) if name.endswith("bf16") else ("bf16", "int4"))
         del said["ple"]
@@ -85,7 +89,7 @@ def test_recipes_alone_can_be_made(options, tmp_path):
     """Their sensitivities and qualities are measured for them."""
     status, printed = pytest_run(*options, "-k", "test_recipe", "--benchmark-json", tmp_path / "out.json")
     assert status == 0, printed
-    assert "2 passed" in printed
+    assert "4 passed" in printed
     assert "2 skipped" in printed, "bf16 is at no bytes but its own"
 
 
@@ -106,7 +110,7 @@ def test_every_change_is_recorded_on_both_texts(finished):
 
 
 def test_the_plan_is_told_and_states_are_kept(finished):
-    assert "quality, 3 policies with the reference on 2 windows of 12 tokens: 1 pass" in finished[0]
+    assert "quality, 4 policies with the reference on 2 windows of 12 tokens: 1 pass" in finished[0]
     assert "sensitivity, 44 policies with the reference on 4 windows of 12 tokens: 1 pass" in finished[0]
     names = ["quality.safetensors", "recipe.safetensors", "sensitivity.safetensors"]
     assert sorted(path.name for path in finished[2].iterdir()) == names

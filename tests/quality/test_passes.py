@@ -65,8 +65,8 @@ def test_work_is_shared_until_policies_differ():
     tokens, window = 2 * 512, 512
 
     def layer_work(layer):
-        # 256 queries at a time against the 256 keys up to theirs, then 256 against 512.
-        scores = 2 * (256 * 256 + 256 * 512) * E4B.layers[layer].num_heads
+        # 128 queries at a time against the keys up to theirs.
+        scores = 2 * 128 * (128 + 256 + 384 + 512) * E4B.layers[layer].num_heads
         return tokens * LAYER_WEIGHTS[layer] + 2 * scores * E4B.layers[layer].head_dim
 
     def states(*policies):

@@ -6,6 +6,7 @@ from epic_quant.errors import RecipeError
 from epic_quant.recipe.assignment import within_bits, within_resident
 from epic_quant.records import JSON_KEY, Record
 from epic_quant.results.reading import read_run
+from epic_quant.results.sensitivities import class_specs, predicted_divergence
 
 from .conftest import BITS, DIVERGENCES, PARTS, WHOLE, entry, sensitivity, stored
 
@@ -113,8 +114,9 @@ def test_a_class_by_layer_gets_a_spec_for_each_layer(data, write):
     mlp = {unit.layer: choice.spec for unit, choice in recipe.parts if unit.tensor_class == "mlp"}
     assert mlp == {0: "int8-g128", 2: "int4-g128"}
     assert recipe.resident_nbytes <= 91_500
-    with pytest.raises(RecipeError, match="one spec for all layers"):
-        _ = recipe.policy
+    specs = class_specs(recipe.policy)
+    assert {specs.get("mlp@0", specs["mlp"]), specs.get("mlp@2", specs["mlp"])} == set(mlp.values())
+    assert predicted_divergence(run, recipe.policy) == pytest.approx(recipe.predicted)
     assert [unit.layer for unit, _ in within_resident(run, 110_000).parts] == [None, None, None]
 
 
