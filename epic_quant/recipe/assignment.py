@@ -212,6 +212,5 @@ def _fixed_nbytes(parts: Mapping[str, float], units: Sequence[Unit]) -> int:
 
 def _ple(run: Run) -> str | None:
     """As many PLE rows as `bf16` keeps in this run. Where those are fixed, the ones used last take the same bytes."""
-    text = (run.facts.get("policy_strings") or {}).get(UNQUANTIZED)
-    found = re.search(r"(?:^|,)ple=([^,]+)", str(text))
+    found = re.search(r"(?:^|,)ple=([^,]+)", run.policy_string(UNQUANTIZED))
     return found[1].replace("static:", "lru:") if found else None

@@ -80,7 +80,7 @@ def test_recipes_keep_to_the_bytes_of_the_policy_they_stand_beside(finished):
         assert record.metrics["resident_nbytes"] <= at.metrics["resident_nbytes"]
         said = dict(part.split("=", 1) for part in record.details["policy"].split(","))
         assert said.pop("kv") in (("bf16",) if name.endswith("bf16") else ("bf16", "int4"))
-        del said["ple"]
+        assert said.pop("ple") == "lru:5000", "as many rows as bf16 keeps"
         if name.endswith("bf16"):
             assert record.metrics["predicted_kl_divergence"] == pytest.approx(sum(alone[part] for part in said.items()))
 
