@@ -396,6 +396,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("policy_name", list(policies))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest) -> Any:
+    """Wrong input that all of a session rests on ends it with one line and status 2, not every test by itself."""
+    try:
+        return (yield)
+    except EpicQuantError as error:
+        if fixturedef.scope == "session" and _runs_benchmarks(request.config):
+            pytest.exit(str(error), returncode=2)
+        raise
+
+
 @pytest.fixture(scope="session")
 def run(request: pytest.FixtureRequest) -> Run:
     """The session's checkpoint, config and policies."""

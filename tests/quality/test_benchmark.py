@@ -123,6 +123,31 @@ def test_a_plan_alone_counts_layers_where_they_are_asked_for(options):
     assert f"sensitivity, {1 + 43 + 6 * (10 + 2 + 12 + 12) + 6} policies" in printed
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--windows", "9"], "60 tokens, but 9 windows of 12 need 99"),
+        (["--memory", "1kB"], "are allowed; take fewer windows or more memory"),
+        (["--policy", "mlp@12=int4"], "mlp@12: of 12 layers there is none such"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(wrong, said, options, tmp_path):
+    """However many measurements rest on it."""
+    status, printed = pytest_run(*options, *wrong, "-q", "--benchmark-json", tmp_path / "out.json")
+    assert status == 2
+    assert said in printed
+    assert "Traceback" not in printed
+    assert len(printed.splitlines()) < 40
+
+
+def test_the_state_of_other_policies_ends_the_run(options, finished):
+    status, printed = pytest_run(
+        *options, "--policy", "mlp=int3", "--resume", finished[2], "-k", "test_quality and bf16"
+    )
+    assert status == 2
+    assert "the state of a run with other policies, which differ in mlp=int3" in printed
+
+
 def test_a_size_that_is_none_is_refused(options):
     status, printed = pytest_run(*options, "--memory", "many")
     assert status == 4
