@@ -89,7 +89,12 @@ def recipes(run, sensitivities):
         except RecipeError as error:
             return error
 
-    return {(name, kv): made(policy, keep) for name, policy in run.policies.items() for kv, keep in KEPT.items()}
+    return {
+        (name, kv): made(policy, keep)
+        for name, policy in run.policies.items()
+        if name != "bf16"
+        for kv, keep in KEPT.items()
+    }
 
 
 @pytest.fixture(scope="session")
@@ -119,7 +124,6 @@ def record_quality(run, record, benchmark):
         details = (details or {}) | {"policy": str(policy), "parts": parts, "num_tokens": num_tokens}
         record("quality", {"policy": name}, metrics, details | {"resumed_after": evaluation.resumed_after})
         benchmark.pedantic(tokens.quality)
-        return metrics
 
     return write
 
@@ -176,24 +180,16 @@ def sensitivity_record(run, sensitivities, change, text):
 
 
 @pytest.mark.parametrize("kv", KEPT)
-def test_recipe(policy_name, kv, run, request, record_quality):
+def test_recipe(recipe_at, kv, run, recipes, recipe_qualities, record_quality):
     """The recipe at a policy's resident bytes, its prediction from one text, and what it does on the other."""
-    if not run.changes:
-        pytest.skip("on a checkpoint over 1 GB only with -k 'sensitivity or recipe' or --by-layer")
-    if policy_name == "bf16":
-        pytest.skip("bf16 needs no recipe")
-    recipe = request.getfixturevalue("recipes")[policy_name, kv]
+    recipe = recipes[recipe_at, kv]
     if isinstance(recipe, RecipeError):
         pytest.skip(str(recipe))
-    metrics = record_quality(
-        f"recipe at {policy_name}, K and V {kv}",
-        Policy.parse(recipe.policy),
-        request.getfixturevalue("recipe_qualities"),
-        recipe.policy,
-        {"predicted_kl_divergence": recipe.predicted},
-        {"recipe_at": policy_name, "kv": kv},
-    )
-    assert metrics["resident_nbytes"] <= sum(resident(run, run.policies[policy_name]).values())
+    metrics = {"predicted_kl_divergence": recipe.predicted}
+    details = {"recipe_at": recipe_at, "kv": kv}
+    policy = Policy.parse(recipe.policy)
+    assert sum(resident(run, policy).values()) <= sum(resident(run, run.policies[recipe_at]).values())
+    record_quality(f"recipe at {recipe_at}, K and V {kv}", policy, recipe_qualities, recipe.policy, metrics, details)
 
 
 def stored_nbytes(change, policy, run):

@@ -90,7 +90,6 @@ def test_recipes_alone_can_be_made(options, tmp_path):
     status, printed = pytest_run(*options, "-k", "test_recipe", "--benchmark-json", tmp_path / "out.json")
     assert status == 0, printed
     assert "4 passed" in printed
-    assert "2 skipped" in printed, "bf16 is at no bytes but its own"
 
 
 def test_every_change_is_recorded_on_both_texts(finished):
@@ -121,6 +120,7 @@ def test_a_plan_alone_counts_layers_where_they_are_asked_for(options):
     assert status == 0, printed
     # 43 changes of everything; 10 + 2 attention layers, and 12 of the MLP and the PLE projections, by six; six owners.
     assert f"sensitivity, {1 + 43 + 6 * (10 + 2 + 12 + 12) + 6} policies" in printed
+    assert "up to 4 policies more" in printed
 
 
 @pytest.mark.parametrize(
