@@ -2,8 +2,8 @@
 
 Everything is evaluated in three streamed runs, for the policies, for the sensitivities, and for the recipes that come
 of them; tests then take their records from these. On a checkpoint over 1 GB sensitivities and recipes are measured only
-where they are asked for: with `-k sensitivity`, `-k "sensitivity or recipe"`, or with `--by-layer`, which adds the
-sensitivities of every layer alone.
+where they are asked for: with `-k sensitivity`, `-k "quality or sensitivity"` for all of this file, or `--by-layer`,
+which adds the sensitivities of every layer alone.
 
 K and V are kept in the dtype computed in unless a policy quantizes them: what bf16 does is told by `bf16-compute`.
 """
