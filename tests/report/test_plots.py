@@ -17,6 +17,7 @@ DRAWINGS = {
     "time over bytes": lambda points: plots.time_over_bytes(points, 12.5),
     "time over bytes, bandwidth unknown": lambda points: plots.time_over_bytes(points, None),
     "divergence over bytes": lambda points: plots.divergence_over_bytes(points),
+    "hits over bytes": lambda points: plots.hits_over_bytes(points, points[:1], "z"),
 }
 
 
@@ -113,6 +114,5 @@ def test_every_error_has_its_own_axis():
     ]
 
 
-@pytest.mark.parametrize("name", ["quality over bytes", "divergence over errors", "heat map"])
-def test_no_number_is_written_as_markup(name):
-    assert "mathdefault" not in DRAWINGS[name](POINTS)
+def test_no_number_is_written_as_markup(draw):
+    assert "mathdefault" not in draw(POINTS)

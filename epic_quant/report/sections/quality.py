@@ -8,7 +8,7 @@ from epic_quant.report import plots
 from epic_quant.report.blocks import Block, Figure, Heading, Paragraph, Table, code
 from epic_quant.report.correlation import spearman
 from epic_quant.report.formatting import megabytes, significant
-from epic_quant.report.sections.recipe import short_name
+from epic_quant.report.sections.recipe import made_recipes, short_name
 from epic_quant.results.run import Run
 from epic_quant.results.sensitivities import EVALUATION, class_divergences
 
@@ -90,7 +90,8 @@ def pareto_front(points: list[tuple[str, float, float]]) -> list[tuple[str, floa
 
 
 def _quantized(run: Run) -> list[str]:
-    return [policy for policy in run.labels("quality", "policy") if policy not in ("bf16", NOISE_FLOOR)]
+    others = ("bf16", NOISE_FLOOR, *made_recipes(run))
+    return [policy for policy in run.labels("quality", "policy") if policy not in others]
 
 
 def _sized(run: Run) -> list[tuple[str, float, float]]:
@@ -128,8 +129,10 @@ def _figure(run: Run) -> list[Block]:
 
 
 def _table(run: Run) -> Table:
-    rows = []
+    rows, made = [], made_recipes(run)
     for policy in run.labels("quality", "policy"):
+        if policy in made:  # those have a table of their own
+            continue
         values = {
             name: run.value("quality", name, policy=policy)
             for name in (
