@@ -31,12 +31,23 @@ class Bullets:
 
 
 @dataclass(frozen=True)
+class Findings:
+    """Conclusions, each computed from the records of the run."""
+
+    items: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Table:
-    """Cells as text; the first `num_text_columns` are aligned left, the others, numbers, right."""
+    """Cells as text; the first `num_text_columns` are aligned left, the others, numbers, right.
+
+    The caption says what is in it where the heading above does not.
+    """
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     num_text_columns: int = 1
+    caption: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,7 +59,7 @@ class Figure:
     svg: str
 
 
-Block = Heading | Paragraph | Bullets | Table | Figure
+Block = Heading | Paragraph | Bullets | Findings | Table | Figure
 
 
 def code(text: str) -> str:

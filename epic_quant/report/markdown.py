@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from tabulate import tabulate
 
-from epic_quant.report.blocks import Block, Bullets, Figure, Heading, Paragraph, Table
+from epic_quant.report.blocks import Block, Bullets, Figure, Findings, Heading, Paragraph, Table
 
 
 def render(blocks: Iterable[Block]) -> str:
@@ -21,7 +21,7 @@ def _block(block: Block) -> str:
             return f"{'#' * level} {_escape(text)}"
         case Paragraph(text):
             return _escape(text)
-        case Bullets(items):
+        case Bullets(items) | Findings(items):
             return "\n".join(f"- {_escape(item)}" for item in items)
         case Table():
             return _table(block)
