@@ -11,7 +11,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from epic_quant.errors import ReportError
-from epic_quant.report.blocks import Block, Figure, Heading, Table
+from epic_quant.report.blocks import Block, Figure, Heading
 from epic_quant.report.formatting import MISSING
 from epic_quant.report.palette import DARK, LIGHT
 from epic_quant.report.svg import inlined
@@ -37,14 +37,13 @@ def render(blocks: Sequence[Block]) -> str:
     """The whole page. Raises ReportError where Jinja2 is not there."""
     environment = _environment()
     style, script = _style(), _read("page.js")
-    page = environment.get_template("page.html.j2").render(
+    return environment.get_template("page.html.j2").render(
         root=grouped(blocks),
         style=environment.filters["verbatim"](style),
         script=environment.filters["verbatim"](script),
         policy=f"default-src 'none'; style-src {_hashed(style)}; script-src {_hashed(script)}; img-src data:; "
         "base-uri 'none'; form-action 'none'",
     )
-    return re.sub(r"\n\s*\n+", "\n", page).strip() + "\n"
 
 
 def grouped(blocks: Sequence[Block]) -> Group:
@@ -95,14 +94,17 @@ def _environment() -> Environment:
     environment = Environment(
         loader=FunctionLoader(_read), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"rich": rich, "cell": cell, "verbatim": Markup, "drawn": lambda f: Markup(_drawn(f))}
-    environment.filters["kind"] = lambda block: type(block).__name__
-    environment.tests["table"] = lambda block: isinstance(block, Table)
+    environment.filters |= {"rich": rich, "cell": cell, "verbatim": Markup, "kind": lambda block: type(block).__name__}
+    environment.filters |= {"drawn": lambda figure: Markup(_drawn(figure)), "figure_id": _figure_id}
     return environment
 
 
+def _figure_id(figure: Figure) -> str:
+    return f"figure-{_slug(figure.file_name.removesuffix('.svg'))}"
+
+
 def _drawn(figure: Figure) -> str:
-    return inlined(figure.svg, f"{_slug(figure.file_name.removesuffix('.svg'))}-", figure.alt)
+    return inlined(figure.svg, f"{_figure_id(figure)}-", _figure_id(figure))
 
 
 def _style() -> str:
@@ -112,8 +114,7 @@ def _style() -> str:
         f":root {{ color-scheme: light; {light} }}\n"
         f"@media screen {{\n:root[data-theme=dark] {{ color-scheme: dark; {dark} }}\n"
         "@media (prefers-color-scheme: dark) {\n"
-        f":root:not([data-theme=light]) {{ color-scheme: dark; {dark} }}\n}}\n}}\n"
-        + _read("page.css")
+        f":root:not([data-theme=light]) {{ color-scheme: dark; {dark} }}\n}}\n}}\n" + _read("page.css")
     )
 
 

@@ -34,7 +34,7 @@ def _table(table: Table) -> str:
         [[_cell(text) for text in row] for row in table.rows],
         headers=[_cell(text) for text in table.columns],
         tablefmt="pipe",
-        colalign=["left" if i < table.num_text_columns else "right" for i in range(len(table.columns))],
+        colalign=["left" if table.is_text(i) else "right" for i in range(len(table.columns))],
         disable_numparse=True,
     )
 

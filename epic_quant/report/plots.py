@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -321,8 +322,9 @@ def draw_heat_map(cells: Sequence[Cell]) -> Figure:
         axes.pcolormesh(mesh, norm=norm, cmap=colour_map, edgecolors="white", linewidth=1.0)
         for y, line in enumerate(mesh):
             for x, value in enumerate(line):
-                ground = to_hex(colour_map(norm(value))) if drawable(value) else LIGHT["paper"]
-                colour = max(ON_PALE, ON_DARK, key=partial(contrast, ground))
+                colour = _GREY
+                if drawable(value):
+                    colour = max(ON_PALE, ON_DARK, key=partial(contrast, to_hex(colour_map(norm(value)))))
                 axes.text(x + 0.5, y + 0.5, significant(value, 2), ha="center", va="center", color=colour, fontsize=8)
         axes.set_title(panel, loc="left")
         axes.set_xticks([x + 0.5 for x in range(len(columns[panel]))], columns[panel], rotation=30, ha="right")
@@ -340,7 +342,9 @@ def style() -> Iterator[None]:
         import matplotlib.style
     except ImportError as error:
         raise ReportError("plots need matplotlib: pip install 'epic-quant[report]'") from error
-    with matplotlib.style.context(["default", _STYLE]):
+    with matplotlib.style.context(["default", _STYLE]), warnings.catch_warnings():
+        # Text stays text, so that a glyph which matplotlib's font lacks is the reader's to draw.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         yield
 
 

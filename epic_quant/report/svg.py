@@ -50,8 +50,11 @@ def trimmed(svg: str) -> str:
     return _text(root)
 
 
-def inlined(svg: str, prefix: str, label: str) -> str:
-    """An SVG of `trimmed` to stand in a page: its ids begin with `prefix`, and colours are the page's variables."""
+def inlined(svg: str, prefix: str, label_id: str) -> str:
+    """An SVG of `trimmed` to stand in a page: its ids begin with `prefix`, and colours are the page's variables.
+
+    What it shows is said by the page's element `label_id`.
+    """
     root = ElementTree.fromstring(svg)
     # The ground is the page's own.
     root.remove(next(iter(root)))
@@ -70,10 +73,12 @@ def inlined(svg: str, prefix: str, label: str) -> str:
         if element.get("class") == "tip":
             # The page says the title itself, as soon as a point is reached.
             element.set("role", "img")
-            element.set("aria-label", "".join(element.itertext()))
+            element.set("aria-label", element.findtext(f"{{{_SVG}}}title", ""))
     for name in ("font-family", "version"):
         root.attrib.pop(name, None)
-    root.attrib |= {"width": width, "height": height, "fill": "var(--ink)", "role": "group", "aria-label": label}
+    # Points of a printer's page are small on a screen.
+    size = {"width": f"{1.3 * float(width):.0f}", "height": f"{1.3 * float(height):.0f}"}
+    root.attrib |= size | {"fill": "var(--ink)", "role": "group", "aria-labelledby": label_id}
     return _text(root)
 
 

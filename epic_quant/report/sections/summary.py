@@ -59,37 +59,38 @@ def _judged(run: Run) -> _Judged | None:
 def _choice(run: Run, judged: _Judged) -> list[Block]:
     least = front(judged.points)
     e4b = {} if run.facts["checkpoint"]["kind"] == "user" else resident_nbytes(run, E4B)
-    columns = ["resident MB you have", "choose", "why", judged.error]
     measures = {"perplexity": ("perplexity", 4, 1.0), "top1_agreement": ("same first choice, %", 3, 100.0)}
-    measures = {name: said for name, said in measures.items() if run.select("quality")}
-    columns += [title for title, _, _ in measures.values()]
-    columns += ["the same on E4B, MB"] if e4b else []
+    measures = measures if run.select("quality") else {}
+    columns = ["resident MB you have", "choose", judged.error, *(title for title, _, _ in measures.values())]
+    columns += [*(["E4B's resident MB"] if e4b else []), "why"]
     rows = []
     for index, (name, nbytes, error) in enumerate(least):
         upper = least[index + 1][1] if index + 1 < len(least) else math.inf
         row = [
             f"{megabytes(nbytes)} to {megabytes(upper)}" if math.isfinite(upper) else f"{megabytes(nbytes)} or more",
             recipe.named(run, name),
-            _why(run, judged, least[:index], (name, nbytes, error), upper),
             quality.with_error(error, judged.errors(name)),
         ]
         for metric, (_, digits, factor) in measures.items():
             value = run.value("quality", metric, policy=name)
             row.append(significant(None if value is None else factor * value, digits))
-        rows.append((*row, *([megabytes(e4b.get(name))] if e4b else [])))
+        row += [megabytes(e4b.get(name))] if e4b else []
+        rows.append((*row, _why(run, judged, least[:index], (name, nbytes, error), upper)))
     said = (
         "KL divergence from the checkpoint's own predictions, in nats a token of the evaluation text"
         if judged.error == "KL divergence"
         else "the largest error of a block's output relative to what the block adds, since quality was not run"
     )
-    only = " What E4B would need is counted from its own shapes; its errors were not measured." if e4b else ""
+    only = " E4B's MB are counted from its own shapes; its errors were not measured." if e4b else ""
     return [
         Paragraph(
-            f"Find the row of the resident MB that you have: of the {len(judged.points)} policies that were measured "
-            "it names the one with the least error that fits. Resident is all that must be in RAM: weights, PLE rows, "
-            f"norms and KV cache. Error is {said}.{only}"
+            f"Find the resident MB that you have: of {len(judged.points)} policies measured, the row names the "
+            "one with the least error that fits."
         ),
-        Table(tuple(columns), tuple(rows), num_text_columns=3, caption="Which policy for how many MB"),
+        Table(tuple(columns), tuple(rows), num_text_columns=2, has_remark=True),
+        Paragraph(
+            f"Resident is all that must be in RAM: weights, PLE rows, norms and KV cache. Error is {said}.{only}"
+        ),
     ]
 
 
@@ -99,11 +100,11 @@ def _why(run: Run, judged: _Judged, smaller: list[Sized], chosen: Sized, upper: 
     reasons = []
     if smaller:
         before, before_nbytes, before_error = smaller[-1]
-        more = f"{megabytes(nbytes - before_nbytes)} MB more than {code(before)}"
-        gain = f"{significant(before_error / error)}× less error" if error else "no error at all"
+        gain = f"{significant(before_error / error)}× less error" if error else "no error"
+        gain += f" for {megabytes(nbytes - before_nbytes)} MB more than {code(recipe.short_name(run, before))}"
         spread = math.hypot(judged.errors(name) or 0.0, judged.errors(before) or 0.0)
         doubt = ", within one standard error" if before_error - error <= spread else ""
-        reasons.append(f"{gain} for {more}{doubt}")
+        reasons.append(gain + doubt)
     else:
         reasons.append("the smallest that was measured")
     floor = run.value("quality", "kl_divergence", policy=quality.NOISE_FLOOR)
@@ -113,11 +114,11 @@ def _why(run: Run, judged: _Judged, smaller: list[Sized], chosen: Sized, upper: 
         (theirs, other) for other, size, theirs in judged.points if nbytes <= size < upper and other != name
     )
     if beaten:
-        worse = (
-            f"{recipe.named(run, other)}" + ("" if (ratio := times(theirs, error)) == MISSING else f" ({ratio} its)")
+        worse = [
+            code(recipe.short_name(run, other)) + ("" if (ratio := times(theirs, error)) == MISSING else f" ({ratio})")
             for theirs, other in beaten
-        )
-        reasons.append(f"less error than what is as large or larger: {', '.join(worse)}")
+        ]
+        reasons.append(f"beats, with no more MB, those of so many times its error: {', '.join(worse)}")
     return "; ".join(reasons)
 
 
@@ -129,8 +130,8 @@ def _thresholds(run: Run) -> list[str]:
         within = [(nbytes, name) for name, nbytes, divergence in points if divergence <= threshold]
         if within:
             nbytes, name = min(within)
-            said.append(f"{threshold:g} {recipe.named(run, name)} ({megabytes(nbytes)} MB)")
-    return [f"Smallest policy within a KL divergence of so many nats a token: {', '.join(said)}."] if said else []
+            said.append(f"{threshold:g}: {recipe.named(run, name)} ({megabytes(nbytes)} MB)")
+    return [f"Smallest policy within a KL divergence, in nats a token, of {', of '.join(said)}."] if said else []
 
 
 def _figure(run: Run) -> list[Block]:
