@@ -56,8 +56,8 @@ def test_the_reason_is_the_gain_over_the_next_smaller_and_what_is_beaten(run_jso
     said = [row["why"] for row in rows(blocks(quality(run_json(), policies)))]
     assert said == [
         "the smallest that was measured",
-        "2.00× less error for 5.0 MB more than `small`; beats, with no more MB, those of so many times its error: "
-        "`worse` (3.00×)",
+        "2.00× less error for 5.0 MB more than `small`; better than `worse` (3.00× the error), which need as much or "
+        "more",
         "no error for 15.0 MB more than `middle`",
     ]
 
