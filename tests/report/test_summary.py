@@ -84,8 +84,13 @@ def test_without_quality_a_block_judges(run_json, blocks):
 
 
 @pytest.mark.parametrize("subject", ["ladder", "block", "footprint"])
-def test_without_a_size_or_an_error_nothing_is_chosen(subject, run_json, blocks):
-    assert blocks(run_json(subject)) == []
+def test_without_a_size_or_an_error_the_command_is_told(subject, run_json, blocks):
+    heading, paragraph = blocks(run_json(subject, kind="user"))
+    assert heading.text == "Which policy for how many MB"
+    assert paragraph.text == (
+        "Nothing was run that tells. To run it: `pytest benchmarks/test_quality.py --checkpoint benchmarks/mini_gemma4 "
+        "--benchmark-json out.json`"
+    )
 
 
 def test_the_findings_that_a_choice_rests_on(run_json, blocks):

@@ -10,7 +10,7 @@ from epic_quant.report import plots
 from epic_quant.report.blocks import Block, Figure, Findings, Heading, Paragraph, Table, code
 from epic_quant.report.formatting import MISSING, megabytes, significant, times
 from epic_quant.report.pareto import Sized, front
-from epic_quant.report.sections import block, kv, ple, quality, recipe, sensitivity
+from epic_quant.report.sections import block, kv, ple, provenance, quality, recipe, sensitivity
 from epic_quant.report.sections.footprint import E4B, resident_nbytes
 from epic_quant.results.run import Run
 
@@ -29,10 +29,12 @@ class _Judged:
 
 def blocks(run: Run) -> list[Block]:
     """The choice as a table and a plot, then the findings; what there are no records for is left out."""
-    found: list[Block] = []
-    judged = _judged(run)
-    if judged:
-        found += [Heading(2, "Which policy for how many MB"), *_choice(run, judged), *_figure(run)]
+    found: list[Block] = [Heading(2, "Which policy for how many MB")]
+    if judged := _judged(run):
+        found += [*_choice(run, judged), *_figure(run)]
+    else:
+        command = provenance.command(run, "benchmarks/test_quality.py")
+        found.append(Paragraph(f"Nothing was run that tells. To run it: {code(command)}"))
     findings = [*_thresholds(run)]
     for subject, tell in (
         ("sensitivity", sensitivity.findings),
