@@ -147,6 +147,8 @@ class Run:
             download=self.options.download,
         )
         self.config = TextConfig.read(self.checkpoint)
+        for policy in self.policies.values():
+            policy.check(self.config)
         self._file_names = text_tensors(self.checkpoint, self.config)
         self.nbytes = sum(self.checkpoint.nbytes(name) for name in self.checkpoint.names)
 
@@ -259,7 +261,7 @@ class Run:
         found: dict[str, Policy | Variant] = {
             name: policy
             for name, policy in self.policies.items()
-            if fitted or not any(quantizer(spec).gptq for spec in policy.specs.values())
+            if fitted or not any(quantizer(spec).gptq for spec in policy.all_specs)
         }
         return found | {NOISE_FLOOR: noise_floor()}
 
@@ -370,10 +372,18 @@ def _runs_benchmarks(config: pytest.Config) -> bool:
     return any("benchmarks" in Path(argument.partition("::")[0]).parts for argument in config.args)
 
 
+_NO_SENSITIVITIES = [
+    pytest.param(
+        "none", marks=pytest.mark.skip(reason="on a checkpoint over 1 GB only with -k sensitivity or --by-layer")
+    )
+]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Give a test every policy, KV policy and single change that it takes by name, and every context of a KV cache.
 
-    With a `tensor_class` it gets the policies that quantize that class.
+    Recipes are made at the bytes of every policy but bf16. With a `tensor_class` it gets the policies that quantize
+    that class.
     """
     if "kv_policy_name" in metafunc.fixturenames:
         metafunc.parametrize("kv_policy_name", list(_run_of(metafunc.config).kv_policies))
@@ -381,9 +391,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("kv_context", _run_of(metafunc.config).kv_contexts)
     if "change_name" in metafunc.fixturenames:
         # Without a single one pytest would only say that there is none.
-        skipped = pytest.mark.skip(reason="on a checkpoint over 1 GB only with -k sensitivity or --by-layer")
-        names = list(_run_of(metafunc.config).changes)
-        metafunc.parametrize("change_name", names or [pytest.param("none", marks=skipped)])
+        metafunc.parametrize("change_name", list(_run_of(metafunc.config).changes) or _NO_SENSITIVITIES)
+    if "recipe_at" in metafunc.fixturenames:
+        run = _run_of(metafunc.config)
+        names = [name for name in run.policies if name != "bf16"]
+        metafunc.parametrize("recipe_at", names if names and run.changes else _NO_SENSITIVITIES)
     if "policy_name" not in metafunc.fixturenames:
         return
     policies = _run_of(metafunc.config).policies
@@ -392,6 +404,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("policy_name", "tensor_class"), pairs)
     else:
         metafunc.parametrize("policy_name", list(policies))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest) -> Any:
+    """Wrong input that all of a session rests on ends it with one line and status 2, not every test by itself."""
+    try:
+        return (yield)
+    except EpicQuantError as error:
+        if fixturedef.scope == "session" and _runs_benchmarks(request.config):
+            pytest.exit(str(error), returncode=2)
+        raise
 
 
 @pytest.fixture(scope="session")
@@ -480,6 +503,8 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
     if "sensitivities" in planned and run.changes:
         variants = {name: change.variant() for name, change in run.changes.items()}
         lines += run.plan_of("sensitivity", variants, 2 * run.num_windows)
+    if recipes := sum("recipe_at" in getattr(item, "fixturenames", ()) for item in session.items if run.changes):
+        lines.append(f"recipes come of the sensitivities: up to {recipes} policies more, each as long as one above")
     print("\n".join([f"{len(session.items)} measurements would be made", *lines]))
     return True
 

@@ -71,6 +71,20 @@ def test_a_gain_within_the_noise_is_called_that(run_json, blocks):
     )
 
 
+def test_a_recipe_is_chosen_by_its_string_which_can_be_given_as_a_policy(run_json, blocks):
+    data = quality(run_json(), {"int4-g128": (26, 0.1), "mlp=int4,kv=bf16,ple=all": (25, 0.2)})
+    details = {"recipe_at": "int4-g128", "kv": "in bf16", "policy": "mlp=int3,kv=bf16,ple=all"}
+    record = Record(
+        "quality", {"policy": "recipe at int4-g128"}, {"resident_nbytes": 24e6, "kl_divergence": 0.3}, details
+    )
+    data["benchmarks"].append({"name": "t", "extra_info": {JSON_KEY: record.to_json()}})
+    assert [row["choose"] for row in rows(blocks(data))] == [
+        "recipe at int4-g128, `mlp=int3,kv=bf16,ple=all`",
+        "recipe 1, `mlp=int4,kv=bf16,ple=all`",
+        "`int4-g128`",
+    ]
+
+
 def test_a_users_checkpoint_is_not_held_beside_e4b(run_json, blocks):
     assert "E4B's resident MB" in rows(blocks(run_json()))[0]
     assert "E4B's resident MB" not in rows(blocks(run_json(kind="user")))[0]
@@ -101,7 +115,9 @@ def test_the_findings_that_a_choice_rests_on(run_json, blocks):
     ]
     (findings,) = [block for block in found if isinstance(block, Findings)]
     thresholds, sensitivity, rows_of, kv, *_ = findings.items
-    assert thresholds.startswith("Smallest policy within a KL divergence, in nats a token, of 0.1: recipe 1, `sliding")
+    assert thresholds.startswith(
+        "Smallest policy within a KL divergence, in nats a token, of 0.1: `recipe 1` (26.5 MB)"
+    )
     assert ", of 0.01: `bf16` (42.9 MB)" in thresholds
     assert sensitivity.startswith("Largest KL divergence for each MB saved: sliding_attention")
     # 500 rows have 60%, 5,000 have 80% and 50,000 have 95%: 90% lie two thirds of the way, by the logarithm.

@@ -103,7 +103,7 @@ def _why(run: Run, judged: _Judged, smaller: list[Sized], chosen: Sized, upper: 
     if smaller:
         before, before_nbytes, before_error = smaller[-1]
         gain = f"{significant(before_error / error)}× less error" if error else "no error"
-        gain += f" for {megabytes(nbytes - before_nbytes)} MB more than {code(recipe.short_name(run, before))}"
+        gain += f" for {megabytes(nbytes - before_nbytes)} MB more than {code(recipe.brief(run, before))}"
         spread = math.hypot(judged.errors(name) or 0.0, judged.errors(before) or 0.0)
         doubt = ", within one standard error" if before_error - error <= spread else ""
         reasons.append(gain + doubt)
@@ -117,7 +117,7 @@ def _why(run: Run, judged: _Judged, smaller: list[Sized], chosen: Sized, upper: 
     )
     if beaten:
         worse = [
-            code(recipe.short_name(run, other)) + ("" if ratio == MISSING else f" ({ratio} the error)")
+            code(recipe.brief(run, other)) + ("" if ratio == MISSING else f" ({ratio} the error)")
             for theirs, other in beaten
             for ratio in [times(theirs, error)]
         ]
@@ -133,7 +133,7 @@ def _thresholds(run: Run) -> list[str]:
         within = [(nbytes, name) for name, nbytes, divergence in points if divergence <= threshold]
         if within:
             nbytes, name = min(within)
-            said.append(f"{threshold:g}: {recipe.named(run, name)} ({megabytes(nbytes)} MB)")
+            said.append(f"{threshold:g}: {code(recipe.brief(run, name))} ({megabytes(nbytes)} MB)")
     return [f"Smallest policy within a KL divergence, in nats a token, of {', of '.join(said)}."] if said else []
 
 
@@ -146,7 +146,7 @@ def _figure(run: Run) -> list[Block]:
     if not points:
         return []
     least = [
-        plots.Point("", recipe.short_name(run, policy), nbytes / 1e6, divergence)
+        plots.Point("", recipe.brief(run, policy), nbytes / 1e6, divergence)
         for policy, nbytes, divergence in front(quality.sized(run))
         if plots.drawable(nbytes) and plots.drawable(divergence)
     ]
