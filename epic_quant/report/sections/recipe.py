@@ -66,7 +66,7 @@ def blocks(run: Run) -> list[Block]:
             ),
         ]
     rows = [
-        (named(run, policy), *_row(run, policy))
+        (_named(run, policy), *_row(run, policy))
         for policy in run.labels("quality", "policy")
         if policy not in ("bf16", NOISE_FLOOR, *made) and (policy in _given(run) or _predicted(run, policy) is not None)
     ]
@@ -99,7 +99,7 @@ def findings(run: Run) -> list[str]:
             no_worse = f"no worse than any of the {len(rivals)} named policies of as many bytes or fewer"
             said.append(f"worse than {', '.join(map(code, better))}" if better else no_worse)
         if said:
-            found.append(f"{named(run, policy)}: {'; '.join(said)}.")
+            found.append(f"{_named(run, policy)}: {'; '.join(said)}.")
     return found
 
 
@@ -158,11 +158,15 @@ def brief(run: Run, policy: str) -> str:
     return short_name(run, policy) if policy in _given(run) else policy
 
 
-def named(run: Run, policy: str) -> str:
-    """A policy by its name, a recipe by its string too, which `--policy` takes."""
-    if policy in _given(run) or policy in made_recipes(run):
-        return f"{brief(run, policy)}, {code(run.policy_string(policy))}"
-    return code(policy)
+def is_recipe(run: Run, policy: str) -> bool:
+    """Whether a policy is one that was made at the bytes of another, or goes by its string."""
+    return policy in _given(run) or policy in made_recipes(run)
+
+
+def _named(run: Run, policy: str) -> str:
+    """A policy by its name; one that goes by its string by its number too."""
+    name = brief(run, policy)
+    return code(policy) if name == policy else f"{name}, {code(policy)}"
 
 
 def _given(run: Run) -> list[str]:
@@ -178,13 +182,12 @@ def _is_near(ratio: float) -> bool:
 def _row(run: Run, policy: str) -> tuple[str, ...]:
     """From resident bytes to the verdict."""
     predicted, measured = _predicted(run, policy), run.value("quality", "kl_divergence", policy=policy)
-    is_recipe = policy in _given(run) or policy in made_recipes(run)
     return (
         megabytes(run.value("quality", "resident_nbytes", policy=policy)),
         significant(predicted),
         significant(measured),
         significant(quotient(measured, predicted)),
-        _verdict(run, policy) if is_recipe else MISSING,
+        _verdict(run, policy) if is_recipe(run, policy) else MISSING,
     )
 
 
