@@ -5,25 +5,16 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from epic_quant import __version__
-from epic_quant.errors import EpicQuantError
+from epic_quant import command_line
 from epic_quant.recipe.assignment import Recipe, within_bits, within_resident
 from epic_quant.recipe.llama_cpp import BITS, nearest_type, tensor_type_arguments
 from epic_quant.results.reading import read_run
 from epic_quant.results.run import Run
 from epic_quant.results.sensitivities import KV_CACHE, UNQUANTIZED, class_specs
-
-_EXAMPLES = """examples:
-  pytest benchmarks/test_quality.py --benchmark-json out.json
-  python -m epic_quant.recipe out.json --budget 3.5GB
-  python -m epic_quant.recipe out.json --bits 4.2 --format llama.cpp
-
-exit status: 0, or 2 where no recipe can be made."""
 
 _UNITS = {
     "": 1,
@@ -33,20 +24,17 @@ _UNITS = {
 }
 
 
+@command_line.reports_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the recipe; 0, or 2 with one line on stderr where none can be made."""
     options = _parser().parse_args(arguments)
     by_layer = options.by == "layer"
-    try:
-        run = read_run(options.json)
-        if options.budget is not None:
-            recipe = within_resident(run, options.budget, by_layer, options.keep)
-        else:
-            recipe = within_bits(run, options.bits, by_layer, options.keep)
-        lines = list(_policy(run, recipe) if options.format == "policy" else _llama_cpp(run, recipe))
-    except EpicQuantError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    run = read_run(options.json)
+    if options.budget is not None:
+        recipe = within_resident(run, options.budget, by_layer, options.keep)
+    else:
+        recipe = within_bits(run, options.bits, by_layer, options.keep)
+    lines = list(_policy(run, recipe) if options.format == "policy" else _llama_cpp(run, recipe))
     print("\n".join(lines))
     return 0
 
@@ -129,11 +117,15 @@ def _bits(text: str) -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m epic_quant.recipe",
-        description="Find the specs of least predicted divergence within a budget, from a run's sensitivities.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_line.parser(
+        "recipe",
+        "Find the specs of least predicted divergence within a budget, from a run's sensitivities.",
+        [
+            "pytest benchmarks/test_quality.py --benchmark-json out.json",
+            "python -m epic_quant.recipe out.json --budget 3.5GB",
+            "python -m epic_quant.recipe out.json --bits 4.2 --format llama.cpp",
+        ],
+        "0; 2 where no recipe can be made.",
     )
     parser.add_argument("json", type=Path, metavar="out.json", help="what --benchmark-json wrote")
     budget = parser.add_mutually_exclusive_group(required=True)
@@ -158,9 +150,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="CLASS",
         help="leave this class, or the kv_cache, in bf16 (repeatable)",
     )
-    parser.add_argument("--version", action="version", version=f"epic_quant {__version__}")
     return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.leave(main)

@@ -4,9 +4,9 @@ import pytest
 
 from epic_quant.records import JSON_KEY, Record
 from epic_quant.report import plots
-from epic_quant.report.blocks import Bullets, Figure, Heading, Paragraph, Table
+from epic_quant.report.blocks import Figure, Findings, Heading, Paragraph, Table
+from epic_quant.report.pareto import front
 from epic_quant.report.sections import comparison
-from epic_quant.report.sections.quality import pareto_front
 from epic_quant.results.reading import read_run
 
 RECIPE = "sliding_attention=int3-g128,mlp=int4-g128,kv=bf16,ple=lru:5000"
@@ -29,7 +29,7 @@ def report(write_json):
 
 
 def findings(blocks):
-    return "\n".join(next(block for block in blocks if isinstance(block, Bullets)).items)
+    return "\n".join(item for block in blocks if isinstance(block, Findings) for item in block.items)
 
 
 def table(blocks, title, index=0):
@@ -68,9 +68,10 @@ def test_the_front_is_drawn_and_said_without_what_is_beaten(run_json, report, dr
         f"`original-1.58` (25.8 MB, 0.500), `{RECIPE}` (26.5 MB, 0.0300), `int4-g128` (26.7 MB, 0.0200), "
         "`bf16` (42.9 MB, 0)."
     ) in said
-    points, front, floor = drawn["quality_over_bytes"]
+    points, least, floor = drawn["quality_over_bytes"]
     assert {point.series for point in points} == {"original-1.58", "recipe 1", "int4-g128", "worse"}
-    assert front == [(25.8, 0.5), (26.5, 0.03), (26.7, 0.02)], "a divergence of 0 has no place on the axis"
+    drawn_front = [(point.x, point.y) for point in least]
+    assert drawn_front == [(25.8, 0.5), (26.5, 0.03), (26.7, 0.02)], "a divergence of 0 has no place on the axis"
     assert floor == 2e-5
 
 
@@ -85,7 +86,7 @@ def test_the_front_is_drawn_and_said_without_what_is_beaten(run_json, report, dr
     ],
 )
 def test_a_front_has_what_nothing_as_small_equals(points, names):
-    assert "".join(name for name, _, _ in pareto_front(points)) == names
+    assert "".join(name for name, _, _ in front(points)) == names
 
 
 def test_policies_within_the_noise_are_named(run_json, report):
@@ -211,9 +212,9 @@ def test_what_recipes_at_the_bytes_of_policies_come_to_is_computed(with_made, re
 def test_made_recipes_are_drawn_and_are_on_the_front(with_made, report, drawn):
     add(with_made, made_recipe("original-1.58", "chosen", 0.001, 25_600_000))
     blocks = report(with_made)
-    points, front, _ = drawn["quality_over_bytes"]
+    points, least, _ = drawn["quality_over_bytes"]
     assert {point.series for point in points} >= {"recipes, K and V in bf16", "recipes, K and V chosen", "recipe 1"}
-    assert front[0] == (25.6, 0.001)
+    assert (least[0].x, least[0].y) == (25.6, 0.001)
     assert not any(name.startswith("recipe at") for name in table(blocks, "Quality"))
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from epic_quant.errors import ReportError
-from epic_quant.report.blocks import Block, Bullets, Heading, Paragraph, code
+from epic_quant.report.blocks import Block, Findings, Heading, Paragraph, code
 from epic_quant.report.sections import (
     block,
     footprint,
@@ -18,6 +17,7 @@ from epic_quant.report.sections import (
     quality,
     recipe,
     sensitivity,
+    summary,
     synthetic,
     weights,
 )
@@ -26,7 +26,7 @@ from epic_quant.results.run import Run
 
 @dataclass(frozen=True)
 class Section:
-    """What the records of one subject say: `blocks` for its place in the report, `findings` for the list at its head.
+    """What the records of one subject say: its place in the report begins with `findings`, and `blocks` follow.
 
     Both are called only where there are records, and every record bears the `labels`.
     """
@@ -80,16 +80,6 @@ SECTIONS = (
         block.blocks,
         block.findings,
     ),
-    Section("Quality", "quality", ("policy",), "benchmarks/test_quality.py", quality.blocks, quality.findings),
-    Section(
-        "Sensitivity",
-        "sensitivity",
-        ("tensor_class", "spec", "text"),
-        "benchmarks/test_quality.py",
-        sensitivity.blocks,
-        sensitivity.findings,
-    ),
-    Section("Recipes", "quality", ("policy",), "benchmarks/test_quality.py", recipe.blocks, recipe.findings),
     Section(
         "PLE row cache: hits",
         "ple_hits",
@@ -138,6 +128,16 @@ SECTIONS = (
         kv.bytes_blocks,
         kv.bytes_findings,
     ),
+    Section("Quality", "quality", ("policy",), "benchmarks/test_quality.py", quality.blocks, quality.findings),
+    Section(
+        "Sensitivity",
+        "sensitivity",
+        ("tensor_class", "spec", "text"),
+        "benchmarks/test_quality.py",
+        sensitivity.blocks,
+        sensitivity.findings,
+    ),
+    Section("Recipes", "quality", ("policy",), "benchmarks/test_quality.py", recipe.blocks, recipe.findings),
 )
 
 
@@ -146,13 +146,16 @@ def comparison(run: Run) -> list[Block]:
     ran = [section for section in SECTIONS if run.select(section.subject)]
     for section in ran:
         _check_labels(section, run)
-    findings = tuple(finding for section in ran for finding in section.findings(run))
-    blocks: list[Block] = [Heading(1, "Compression policies compared"), *provenance.whose_weights(run)]
-    blocks.append(Heading(2, "Findings"))
-    blocks.append(Bullets(findings) if findings else Paragraph("Nothing ran that a finding could be computed from."))
+    blocks: list[Block] = [Heading(1, "Compression policies compared"), *provenance.at_the_head(run)]
+    blocks += summary.blocks(run)
     for section in SECTIONS:
         blocks.append(Heading(2, section.title))
-        blocks += section.blocks(run) if section in ran else [_not_run(section, run)]
+        if section not in ran:
+            blocks.append(_not_run(section, run))
+            continue
+        if findings := section.findings(run):
+            blocks.append(Findings(tuple(findings)))
+        blocks += section.blocks(run)
     return [*blocks, Heading(2, "How this was measured"), *provenance.blocks(run)]
 
 
@@ -166,7 +169,4 @@ def _check_labels(section: Section, run: Run) -> None:
 
 
 def _not_run(section: Section, run: Run) -> Paragraph:
-    checkpoint = run.facts["checkpoint"]
-    chosen = ["--checkpoint", checkpoint["source"]] if checkpoint["kind"] == "user" else []
-    command = shlex.join(["pytest", section.benchmark, *chosen, "--benchmark-json", "out.json"])
-    return Paragraph(f"Not run. To run it: {code(command)}")
+    return Paragraph(f"Not run. To run it: {code(provenance.command(run, section.benchmark))}")

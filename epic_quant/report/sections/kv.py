@@ -7,6 +7,7 @@ from epic_quant.records import Record
 from epic_quant.report import plots
 from epic_quant.report.blocks import Block, Figure, Heading, Paragraph, Table, code
 from epic_quant.report.formatting import MISSING, megabytes, quotient, significant, times
+from epic_quant.report.pareto import front
 from epic_quant.results.run import Run
 
 REFERENCE = "bf16"
@@ -100,14 +101,10 @@ def divergence_findings(run: Run) -> list[str]:
     for record in run.select("kv_divergence", context=longest):
         nbytes, divergence = (record.metrics.get(name) for name in ("nbytes", "kl_divergence"))
         if nbytes is not None and divergence is not None:
-            measured.append((nbytes, divergence, record.labels["kv_policy"]))
-    frontier: list[tuple[float, float, str]] = []
-    for nbytes, divergence, policy in sorted(measured):
-        if not frontier or divergence < frontier[-1][1]:
-            frontier.append((nbytes, divergence, policy))
+            measured.append((record.labels["kv_policy"], nbytes, divergence))
     steps = ", ".join(
         f"{code(policy)} ({significant(nbytes, 4)} bytes, {_divergence(divergence)})"
-        for nbytes, divergence, policy in frontier
+        for policy, nbytes, divergence in front(measured)
     )
     if not steps:
         return []
@@ -236,7 +233,8 @@ def _figure(run: Run, contexts: list[str]) -> list[Block]:
     alt = (
         f"KL divergence of the next token's distribution over bytes a token of the KV cache, both logarithmic, a panel "
         f"for each of {panels}, a colour and a marker for each KV policy; below {_LEAST_DIVERGENCE:g} nats, where "
-        "fp32 rounds, none is drawn"
+        "fp32 rounds, none is drawn; "
+        + plots.extremes(points, lambda point: f"{point.series} at {point.panel}", "nats")
     )
     return [Figure("kv-divergence-over-bytes.svg", alt, plots.divergence_over_bytes(points))]
 
@@ -244,7 +242,7 @@ def _figure(run: Run, contexts: list[str]) -> list[Block]:
 def _claims(run: Run) -> Table:
     """One row: the original's ratios as it claims them, as its own bits a head give them, and as they are stored."""
     row = [f"{code(ORIGINAL)} on {E4B}, times less than {REFERENCE}"]
-    columns = [""]
+    columns = ["KV policy"]
     for layer_type in (SLIDING, FULL):
         columns += [f"{layer_type}, claimed", "by its own arithmetic", "stored in truth"]
         row += [

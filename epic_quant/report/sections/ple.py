@@ -62,6 +62,23 @@ def hits_findings(run: Run) -> list[str]:
     return found
 
 
+def rows_findings(run: Run) -> list[str]:
+    """Rows and MB for each target on the last trace: the user's own, or the evaluation text."""
+    trace = run.labels("ple_hits", "trace")[-1]
+    reached = []
+    for target in _TARGETS:
+        enough = [
+            (rows, record)
+            for record in run.select("ple_hits", trace=trace)
+            if record.labels["residency"] != OPTIMUM and (rows := _rows_for(record, target)) is not None
+        ]
+        if enough:
+            rows, record = min(enough, key=lambda pair: pair[0])
+            said = f"{_size(record, target)} MB, {record.labels['residency']}"
+            reached.append(f"{target:.0%} {math.ceil(rows):,} rows ({said})")
+    return [f"Resident PLE rows that answer so many lookups of {trace}: {', '.join(reached)}."] if reached else []
+
+
 def speed_blocks(run: Run) -> list[Block]:
     """Tables of hot lookups, cold lookups and memory, by the table that was looked up in."""
     found: list[Block] = [
@@ -187,9 +204,14 @@ def _hits_figure(run: Run) -> list[Block]:
     panels = ", ".join(dict.fromkeys(point.panel for point in points))
     alt = (
         f"Hit rate over resident MB, logarithmic, a panel for each of {panels}, a line for each policy and the "
-        "optimum, with the original's point marked"
+        "optimum, with the original's point marked; "
+        + plots.extremes([point for point in points if point.series != OPTIMUM], _told)
     )
     return [Figure("ple-hits-over-bytes.svg", alt, plots.hits_over_bytes(points, marks, OPTIMUM))]
+
+
+def _told(point: plots.Point) -> str:
+    return f"{point.series} with {significant(point.x)} MB on {point.panel}"
 
 
 def _trace_facts(record: Record) -> Paragraph:

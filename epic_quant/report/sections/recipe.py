@@ -153,6 +153,22 @@ def short_name(run: Run, policy: str) -> str:
     return f"recipe {given.index(policy) + 1}" if policy in given else policy
 
 
+def brief(run: Run, policy: str) -> str:
+    """A policy in a sentence: one that goes by its string by its number."""
+    return short_name(run, policy) if policy in _given(run) else policy
+
+
+def is_recipe(run: Run, policy: str) -> bool:
+    """Whether a policy is one that was made at the bytes of another, or goes by its string."""
+    return policy in _given(run) or policy in made_recipes(run)
+
+
+def _named(run: Run, policy: str) -> str:
+    """A policy by its name; one that goes by its string by its number too."""
+    name = brief(run, policy)
+    return code(policy) if name == policy else f"{name}, {code(policy)}"
+
+
 def _given(run: Run) -> list[str]:
     """Policies that go by their string, as a user gives a recipe."""
     made = made_recipes(run)
@@ -166,19 +182,13 @@ def _is_near(ratio: float) -> bool:
 def _row(run: Run, policy: str) -> tuple[str, ...]:
     """From resident bytes to the verdict."""
     predicted, measured = _predicted(run, policy), run.value("quality", "kl_divergence", policy=policy)
-    is_recipe = policy in _given(run) or policy in made_recipes(run)
     return (
         megabytes(run.value("quality", "resident_nbytes", policy=policy)),
         significant(predicted),
         significant(measured),
         significant(quotient(measured, predicted)),
-        _verdict(run, policy) if is_recipe else MISSING,
+        _verdict(run, policy) if is_recipe(run, policy) else MISSING,
     )
-
-
-def _named(run: Run, policy: str) -> str:
-    name = short_name(run, policy)
-    return code(policy) if name == policy else f"{name}, {code(policy)}"
 
 
 def _predicted(run: Run, policy: str) -> float | None:

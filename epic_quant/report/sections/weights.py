@@ -76,13 +76,14 @@ def error_figure(records: Iterable[Record], file_name: str) -> list[Block]:
         bits, error = record.metrics.get("bits_per_weight"), record.metrics.get("rel_l2")
         if plots.drawable(bits) and plots.drawable(error) and bits <= _MAX_DRAWN_BITS:
             tensor_class, spec = record.labels["tensor_class"], record.labels["spec"]
-            points[tensor_class, spec] = plots.Point(tensor_class, scheme(spec), bits, error)
+            points[tensor_class, spec] = plots.Point(tensor_class, scheme(spec), bits, error, spec)
     if not points:
         return []
     classes = ", ".join(dict.fromkeys(tensor_class for tensor_class, _ in points))
     alt = (
         f"Relative L2 error on a logarithmic scale over bits per weight, a panel for each of {classes}, a colour for "
-        "each scheme, with Shannon's bound and Lloyd-Max quantizers of a Gaussian source"
+        "each scheme, with Shannon's bound and Lloyd-Max quantizers of a Gaussian source; "
+        + plots.extremes(list(points.values()), lambda point: f"{point.name} on {point.panel}")
     )
     return [
         Figure(file_name, alt, plots.error_over_bits(list(points.values()))),
