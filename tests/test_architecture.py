@@ -12,6 +12,7 @@ FLOORS = {
     "errors": 0,
     "records": 0,
     "metrics": 1,
+    "kernels": 1,
     "machine": 1,
     "results": 1,
     "quant": 2,
