@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from epic_quant.errors import QuantizationError, SpecError
+from epic_quant.kernels import quantizing
 from epic_quant.quant import gptq, hadamard
 from epic_quant.quant.scheme import SCALE_DTYPE, Scheme, stored_scale
 
@@ -16,6 +17,9 @@ from epic_quant.quant.scheme import SCALE_DTYPE, Scheme, stored_scale
 # wants more rows at once.
 _CHUNK = 2**18
 _FEEDBACK_CHUNK = 2**23
+
+# Far beyond what has a scale in fp16: so that sums in a turn do not overflow.
+_MOST_TURNED = 2.0**100
 
 
 @dataclass(frozen=True)
@@ -64,15 +68,29 @@ class Quantizer:
         used = self._for_row(cols)
         packed = torch.empty(rows, self.scheme.packing.row_nbytes(cols), dtype=torch.uint8)
         scale = torch.empty(rows, used._num_scales(cols), dtype=SCALE_DTYPE)
+        native = used._native(cols)
+        if native is not None and not self.gptq:
+            bad = quantizing.quantize(weight, native, packed, scale)
+            if bad is not None:
+                raise _not_finite(bad)
+            return QuantizedTensor(packed, scale, cols, used)
         factor = used._feedback_factor(moments, cols) if self.gptq else None
         for chunk in _row_chunks(rows, cols, _FEEDBACK_CHUNK if self.gptq else _CHUNK):
             values = weight[chunk].float().contiguous()
             _check_finite(values, chunk.start)
             if used.hadamard_block:
-                values = hadamard.turn(values, used.hadamard_block)
+                values = hadamard.turn(values.clamp(-_MOST_TURNED, _MOST_TURNED), used.hadamard_block)
             codes, scale[chunk] = used._encode(values, factor)
             packed[chunk] = self.scheme.packing.pack(codes)
         return QuantizedTensor(packed, scale, cols, used)
+
+    def _native(self, cols: int) -> quantizing.Format | None:
+        """How kernels know what it stores of a row; None where the reference computes."""
+        if self.scheme.rule is None or not quantizing.active():
+            return None
+        block = self.hadamard_block
+        signs = hadamard.signs(cols, block) if block else None
+        return quantizing.Format(self.scheme.rule, self._group_size(cols), block, signs)
 
     def _for_row(self, cols: int) -> Quantizer:
         """Itself with the Hadamard block that fits the row; raises QuantizationError where the group does not."""
@@ -145,6 +163,9 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix [rows, cols]; what `dtype` cannot hold saturates."""
+        native = self.quantizer._native(self.cols)
+        if native is not None:
+            return quantizing.dequantize(self.packed, self.scale, self.cols, native, dtype)
         limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
         decoded = torch.empty(self.shape, dtype=dtype)
         for chunk, values in self._decoded_chunks():
@@ -176,4 +197,8 @@ def _check_finite(values: Tensor, first_row: int) -> None:
     """Raises QuantizationError that names the first row with NaN or infinity."""
     bad = ~torch.linalg.vector_norm(values, ord=float("inf"), dim=1).isfinite()
     if bad.any():
-        raise QuantizationError(f"NaN or infinity in row {first_row + int(bad.nonzero()[0])}")
+        raise _not_finite(first_row + int(bad.nonzero()[0]))
+
+
+def _not_finite(row: int) -> QuantizationError:
+    return QuantizationError(f"NaN or infinity in row {row}")

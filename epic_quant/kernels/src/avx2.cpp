@@ -5,6 +5,8 @@
 #include <intrin.h>
 #endif
 
+#define EPIC_QUANT_AVX2
+#include "quantize.h"
 #include "table.h"
 
 namespace epic_quant {
@@ -24,6 +26,6 @@ bool runs_here() {
 
 }  // namespace
 
-const Table avx2_table = {"avx2", runs_here};
+const Table avx2_table = {"avx2", runs_here, quantize_rows, dequantize_rows, turn_rows};
 
 }  // namespace epic_quant
