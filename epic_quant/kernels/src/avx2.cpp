@@ -1,10 +1,10 @@
 // AVX2 with FMA and F16C. Compiled for them as a whole, so nothing here may be inlined elsewhere: all but the table is
 // in an anonymous namespace, and no template of the standard library is used.
-#include <immintrin.h>
 #ifdef _MSC_VER
 #include <intrin.h>
 #endif
 
+#include "linear_avx2.h"
 #include "table.h"
 
 namespace epic_quant {
@@ -24,6 +24,6 @@ bool runs_here() {
 
 }  // namespace
 
-const Table avx2_table = {"avx2", runs_here};
+const Table avx2_table = {"avx2", runs_here, prepare, token_avx2, tokens_int8_avx2, tokens_fp32_avx2};
 
 }  // namespace epic_quant
