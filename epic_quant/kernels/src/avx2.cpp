@@ -1,11 +1,11 @@
 // AVX2 with FMA and F16C. Compiled for them as a whole, so nothing here may be inlined elsewhere: all but the table is
 // in an anonymous namespace, and no template of the standard library is used.
-#include <immintrin.h>
 #ifdef _MSC_VER
 #include <intrin.h>
 #endif
 
 #define EPIC_QUANT_AVX2
+#include "linear_avx2.h"
 #include "quantize.h"
 #include "table.h"
 
@@ -26,6 +26,7 @@ bool runs_here() {
 
 }  // namespace
 
-const Table avx2_table = {"avx2", runs_here, quantize_rows, dequantize_rows, turn_rows};
+const Table avx2_table = {"avx2", runs_here, prepare, token_avx2, tokens_int8_avx2, tokens_fp32_avx2,
+                          quantize_rows, dequantize_rows, turn_rows};
 
 }  // namespace epic_quant

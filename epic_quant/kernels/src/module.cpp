@@ -1,15 +1,14 @@
 // Bindings only. Addresses come as integers: `epic_quant.kernels` has checked shapes, dtypes and memory before.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
 
-#include <algorithm>
-#include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
+#include "linear.h"
+#include "module.h"
 #include "parallel.h"
-#include "rows.h"
 #include "table.h"
 
 namespace nb = nanobind;
@@ -32,67 +31,54 @@ nb::list isas() {
   return names;
 }
 
-const Table& table_of(const std::string& isa) {
+}  // namespace
+
+const Table& epic_quant::table_of(const std::string& isa) {
   for (const Table* table : tables)
-    if (table->name == isa && table->runs_here()) return *table;
-  throw std::invalid_argument(isa + " is no instruction set of this machine");
+    if (isa == table->name && table->runs_here()) return *table;
+  throw std::invalid_argument("no kernels for " + isa);
 }
 
-template <class T>
-T* at(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
+namespace {
 
-Scheme scheme_of(int rounding, float low, float high, float divisor, double mean_step, double peak_level,
-                 bool either_sign, int packed_bits, const std::vector<float>& levels,
-                 const std::vector<float>& thresholds) {
-  Scheme scheme{};
-  scheme.rounding = static_cast<Rounding>(rounding);
-  scheme.low = low, scheme.high = high;
-  scheme.least_squares = divisor == 0, scheme.divisor = divisor;
-  scheme.mean_step = mean_step, scheme.peak_level = peak_level, scheme.either_sign = either_sign;
-  scheme.packed_bits = packed_bits;
-  std::copy(levels.begin(), levels.end(), scheme.levels);
-  std::copy(thresholds.begin(), thresholds.end(), scheme.thresholds);
-  while (std::size_t{1} << scheme.table_bits < levels.size()) ++scheme.table_bits;
-  return scheme;
-}
+// A matrix whose memory somebody else keeps.
+struct Matrix {
+  const Table* table;
+  Weights weights;
 
-std::ptrdiff_t quantize_at(const std::string& isa, const Scheme& scheme, std::size_t group_size, std::size_t block,
-                           std::uintptr_t signs, std::size_t rows, std::size_t cols, int element, std::uintptr_t weight,
-                           std::uintptr_t packed, std::uintptr_t scale, int num_threads) {
-  const Quantize job{&scheme, {block, at<float>(signs)}, rows, cols, group_size, static_cast<Element>(element),
-                     at<void>(weight), at<std::uint8_t>(packed), at<std::uint16_t>(scale)};
-  const Table& table = table_of(isa);
-  nb::gil_scoped_release release;
-  return static_cast<std::ptrdiff_t>(quantize(table, job, num_threads));
-}
+  Matrix(const std::string& isa, std::uintptr_t packed, std::uintptr_t scale, std::size_t rows, std::size_t cols,
+         std::size_t row_nbytes, std::size_t num_scales, int coding, int zero, nb::bytes levels)
+      : table(&table_of(isa)), weights{} {
+    weights.packed = reinterpret_cast<const std::uint8_t*>(packed);
+    weights.scale = reinterpret_cast<const std::uint16_t*>(scale);
+    weights.rows = rows;
+    weights.cols = cols;
+    weights.row_nbytes = row_nbytes;
+    weights.num_scales = num_scales;
+    weights.coding = static_cast<Coding>(coding);
+    weights.zero = zero;
+    weights.has_levels = levels.size() > 0;
+    std::memcpy(weights.levels, levels.c_str(), levels.size() < 16 ? levels.size() : 16);
+  }
 
-void dequantize_at(const std::string& isa, const Scheme& scheme, std::size_t group_size, std::size_t block,
-                   std::uintptr_t signs, std::size_t rows, std::size_t cols, int element, std::uintptr_t weight,
-                   std::uintptr_t packed, std::uintptr_t scale, int num_threads) {
-  const Dequantize job{&scheme, {block, at<float>(signs)}, rows, cols, group_size, static_cast<Element>(element),
-                       at<void>(weight), at<std::uint8_t>(packed), at<std::uint16_t>(scale)};
-  const Table& table = table_of(isa);
-  nb::gil_scoped_release release;
-  dequantize(table, job, num_threads);
-}
+  bool is_blocked() const { return plan_of(weights).blocked; }
 
-void turn_at(const std::string& isa, std::size_t block, std::uintptr_t signs, bool back, std::size_t rows,
-             std::size_t cols, std::uintptr_t from, std::uintptr_t to, int num_threads) {
-  const TurnRows job{{block, at<float>(signs)}, back, rows, cols, at<float>(from), at<float>(to)};
-  const Table& table = table_of(isa);
-  nb::gil_scoped_release release;
-  turn(table, job, num_threads);
-}
+  void linear(std::uintptr_t x, std::size_t tokens, std::uintptr_t out, bool int8, int num_threads) const {
+    nb::gil_scoped_release release;
+    epic_quant::linear(*table, weights, reinterpret_cast<const float*>(x), tokens, reinterpret_cast<float*>(out),
+                       int8 ? Activations::int8 : Activations::fp32, num_threads);
+  }
+};
 
 }  // namespace
 
 NB_MODULE(_native, module) {
   module.def("isas", &isas, "The instruction sets that there are kernels for and this machine has, fastest first.");
   module.def("threads_of", &threads_of);
-  nb::class_<Scheme>(module, "Scheme").def(nb::new_(&scheme_of));
-  module.def("quantize", &quantize_at);
-  module.def("dequantize", &dequantize_at);
-  module.def("turn", &turn_at);
+  nb::class_<Matrix>(module, "Matrix")
+      .def(nb::init<const std::string&, std::uintptr_t, std::uintptr_t, std::size_t, std::size_t, std::size_t,
+                    std::size_t, int, int, nb::bytes>())
+      .def_prop_ro("is_blocked", &Matrix::is_blocked)
+      .def("linear", &Matrix::linear);
+  bind_rows(module);
 }
