@@ -27,6 +27,10 @@ class Absmax(Scheme):
     def num_levels(self) -> int:
         return self.high - self.low + 1
 
+    @property
+    def levels(self) -> range:
+        return range(self.low, self.high + 1)
+
     def fit(self, groups: Tensor) -> Tensor:
         return groups.abs().amax(dim=1, keepdim=True) / self.divisor
 

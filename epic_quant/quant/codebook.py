@@ -24,6 +24,11 @@ class Codebook(Scheme):
     def num_levels(self) -> int:
         return 1 << self.num_bits
 
+    @property
+    def levels(self) -> list[int]:
+        found: list[int] = self.table.tolist()
+        return found
+
     def fit(self, groups: Tensor) -> Tensor:
         values = self.decode(_codes_by_half_steps(self.num_bits), torch.ones(()))
         top_level = lloyd_max_levels(1 << self.num_bits)[-1]

@@ -26,6 +26,10 @@ class Integer(Scheme):
     def num_levels(self) -> int:
         return 1 << self.num_bits
 
+    @property
+    def levels(self) -> range:
+        return range(-self._half, self._half)
+
     def fit(self, groups: Tensor) -> Tensor:
         sign = torch.where(groups.amax(dim=1, keepdim=True) > -groups.amin(dim=1, keepdim=True), -1.0, 1.0)
         return sign * least_squares_scale(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,11 @@ class Scheme(ABC):
     @abstractmethod
     def num_levels(self) -> int:
         """Values that a weight can take at a given scale, however many bits a code is stored in."""
+
+    @property
+    def levels(self) -> Sequence[int] | None:
+        """What the codes from 0 on stand for in units of the scale, where all are whole numbers in [-128, 127]."""
+        return None
 
     @abstractmethod
     def fit(self, groups: Tensor) -> Tensor:

@@ -19,6 +19,10 @@ class Ternary(Scheme):
     def num_levels(self) -> int:
         return 3
 
+    @property
+    def levels(self) -> range:
+        return range(-1, 2)
+
     def fit(self, groups: Tensor) -> Tensor:
         # 1.2240 is the outer level of Max's (1960) three-level quantizer for a unit Gaussian.
         return least_squares_scale(groups, _round, gaussian_step=1.2240, peak_level=1)
