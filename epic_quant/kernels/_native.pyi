@@ -2,3 +2,22 @@
 
 def isas() -> list[str]: ...
 def threads_of() -> str: ...
+
+class Matrix:
+    def __init__(
+        self,
+        isa: str,
+        packed: int,
+        scale: int,
+        rows: int,
+        cols: int,
+        row_nbytes: int,
+        num_scales: int,
+        coding: int,
+        zero: int,
+        levels: bytes,
+        /,
+    ) -> None: ...
+    @property
+    def is_blocked(self) -> bool: ...
+    def linear(self, x: int, tokens: int, out: int, int8: bool, num_threads: int, /) -> None: ...

@@ -33,7 +33,7 @@ class Rule:
     levels: tuple[int, ...]
     rounding: str = "whole"
     divisor: float = 0.0
-    mean_step: float = 0.0
+    gaussian_step: float = 0.0
     peak_level: int = 0
     either_sign: bool = False
 
@@ -127,7 +127,7 @@ def _scheme(rule: Rule) -> Any:
         rule.levels[0],
         rule.levels[-1],
         rule.divisor,
-        rule.mean_step,
+        rule.gaussian_step,
         rule.peak_level,
         rule.either_sign,
         0 if rule.coding == "trits" else int(rule.coding.removeprefix("bits")),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from epic_quant.errors import QuantizationError, SpecError
-from epic_quant.kernels import quantizing
+from epic_quant.kernels import REFERENCE, PackedMatrix, has_kernels, quantizing
 from epic_quant.quant import gptq, hadamard
 from epic_quant.quant.scheme import SCALE_DTYPE, Scheme, stored_scale
 
@@ -121,6 +122,9 @@ class Quantizer:
 
     def _decode(self, packed: Tensor, scale: Tensor, cols: int) -> Tensor:
         """The inverse: [rows, cols] fp32, still turned."""
+        native = self._native(cols)
+        if native is not None:
+            return quantizing.dequantize(packed, scale, cols, native._replace(block=0), torch.float32)
         codes = self.scheme.packing.unpack(packed, cols).reshape(-1, self._group_size(cols))
         return self.scheme.decode(codes, scale.float().view(codes.shape[0], -1)).view(-1, cols)
 
@@ -174,13 +178,35 @@ class QuantizedTensor:
             decoded[chunk] = values.clamp_(-limit, limit)
         return decoded
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """`x` [..., cols] times the transposed matrix: [..., rows] in x's dtype. It turns x, never the matrix back."""
+    def matmul(self, x: Tensor, activations: str = "fp32") -> Tensor:
+        """`x` [..., cols] times the transposed matrix: [..., rows] in x's dtype. It turns x, never the matrix back.
+
+        From the packed bytes where there is a kernel, which `computed_by` tells; fp64, empty ones and gradients are
+        for the reference, which knows no int8 activations.
+        """
         if self.quantizer.hadamard_block:
             x = hadamard.turn(x, self.quantizer.hadamard_block)
+        kernel = self._kernel
+        if kernel is not None and x.numel() and x.dtype is not torch.float64 and not x.requires_grad:
+            return kernel.linear(x, activations)
         return torch.cat(
             [torch.nn.functional.linear(x, values.to(x.dtype)) for _, values in self._decoded_chunks()], -1
         )
+
+    def computed_by(self, activations: str = "fp32") -> str:
+        """What multiplies by it, and the form of activations that it then takes, such as `avx2, int8 activations`."""
+        if self._kernel is None:
+            return REFERENCE
+        taken = activations if self._kernel.takes_int8 else "fp32"
+        return f"{self._kernel.isa}, {taken} activations"
+
+    @cached_property
+    def _kernel(self) -> PackedMatrix | None:
+        scheme = self.quantizer.scheme
+        coding = scheme.packing.coding
+        if scheme.levels is None or not has_kernels(coding) or not self.shape[0]:
+            return None
+        return PackedMatrix(self.packed.contiguous(), self.scale.contiguous(), self.cols, coding, scheme.levels)
 
     def _decoded_chunks(self) -> Iterator[tuple[slice, Tensor]]:
         for chunk in _row_chunks(*self.shape, _CHUNK):

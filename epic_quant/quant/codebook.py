@@ -12,7 +12,7 @@ from torch import Tensor
 
 from epic_quant.kernels.quantizing import Rule
 from epic_quant.quant.bitpack import BitPacking
-from epic_quant.quant.scheme import Scheme, least_squares_scale, mean_step, over_scale
+from epic_quant.quant.scheme import Scheme, least_squares_scale, over_scale
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Codebook(Scheme):
             self.packing.coding,
             tuple(self.levels),
             "entries",
-            mean_step=mean_step(self._gaussian_step),
+            gaussian_step=self._gaussian_step,
             peak_level=127,
         )
 

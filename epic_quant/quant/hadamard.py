@@ -53,7 +53,7 @@ def _turn_back(x: Tensor, signs: Tensor, block: int) -> Tensor:
 
 
 def _transform(x: Tensor, block: int) -> Tensor:
-    """x times Sylvester's Hadamard matrix of ones in every block: sums and differences of numbers 1, 2, 4 … apart."""
+    """The product with Sylvester's Hadamard matrix of ones, block by block: sums and differences of numbers 1, 2, 4 … apart."""
     apart = 1
     while apart < block:
         first, second = x.reshape(-1, 2, apart).unbind(1)

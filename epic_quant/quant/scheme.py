@@ -89,12 +89,11 @@ def least_squares_scale(
     places = (groups.abs().amax(dim=1, keepdim=True).view(torch.int32) >> 23) - 126
     exponent = 24 - places.clamp(min=-100)
     whole = (groups * _power_of_two(exponent)).round_()
-    magnitudes = whole.abs()
-    to_peak = peak_level / magnitudes.amax(dim=1, keepdim=True).double().clamp(min=1)
-    mean = magnitudes.sum(dim=1, keepdim=True, dtype=torch.float64).clamp(min=1) * (
-        mean_step(gaussian_step) / groups.shape[1]
-    )
-    coarsest, finest = to_peak / 1.1, torch.maximum(1 / mean, to_peak) / 0.9
+    to_peak = peak_level / whole.abs().amax(dim=1, keepdim=True).double().clamp(min=1)
+    # Squares of 16 bits, whose sums are exact too.
+    squares = (whole / 256).round_().double().square().sum(dim=1, keepdim=True).clamp(min=1)
+    to_gaussian = 1 / ((squares / groups.shape[1]).sqrt() * (256 * gaussian_step))
+    coarsest, finest = to_peak / 1.1, torch.maximum(to_gaussian, to_peak) / 0.9
     ratio = (finest / coarsest).sqrt().sqrt()
 
     inverses = [coarsest]
@@ -114,11 +113,6 @@ def least_squares_scale(
     scales, gains = (torch.cat(parts, dim=1) for parts in zip(*tried, strict=True))
     best = scales.gather(1, gains.argmax(dim=1, keepdim=True)) * _power_of_two(-exponent).double()
     return stored_scale(best.float()).float()
-
-
-def mean_step(gaussian_step: float) -> float:
-    """The step that is best for a Gaussian whose standard deviation is 1, for one whose mean magnitude is 1."""
-    return gaussian_step * math.sqrt(math.pi / 2)
 
 
 def _refit(whole: Tensor, inverse: Tensor, nearest: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:

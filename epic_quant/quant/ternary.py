@@ -9,7 +9,7 @@ from torch import Tensor
 
 from epic_quant.kernels.quantizing import Rule
 from epic_quant.quant.bitpack import TritPacking
-from epic_quant.quant.scheme import Scheme, least_squares_scale, mean_step, over_scale
+from epic_quant.quant.scheme import Scheme, least_squares_scale, over_scale
 
 # The outer level of Max's (1960) three-level quantizer for a unit Gaussian.
 _GAUSSIAN_STEP = 1.2240
@@ -29,7 +29,7 @@ class Ternary(Scheme):
 
     @property
     def rule(self) -> Rule:
-        return Rule(self.packing.coding, tuple(self.levels), mean_step=mean_step(_GAUSSIAN_STEP), peak_level=1)
+        return Rule(self.packing.coding, tuple(self.levels), gaussian_step=_GAUSSIAN_STEP, peak_level=1)
 
     def fit(self, groups: Tensor) -> Tensor:
         return least_squares_scale(groups, _round, gaussian_step=_GAUSSIAN_STEP, peak_level=1)

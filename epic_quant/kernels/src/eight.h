@@ -88,18 +88,20 @@ struct TopBits {
 };
 
 // Sums in double precision.
-struct Sum {
-  __m256d first = _mm256_setzero_pd(), second = _mm256_setzero_pd();
+inline double total_of(__m256d v) {
+  alignas(32) double lanes[4];
+  _mm256_store_pd(lanes, v);
+  return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+}
+
+struct SquareSum {
+  __m256d sums = _mm256_setzero_pd();
   void add(Eight x) {
-    first = _mm256_add_pd(first, _mm256_cvtps_pd(_mm256_castps256_ps128(x.v)));
-    second = _mm256_add_pd(second, _mm256_cvtps_pd(_mm256_extractf128_ps(x.v, 1)));
+    const __m256d first = _mm256_cvtps_pd(_mm256_castps256_ps128(x.v));
+    const __m256d second = _mm256_cvtps_pd(_mm256_extractf128_ps(x.v, 1));
+    sums = _mm256_fmadd_pd(first, first, _mm256_fmadd_pd(second, second, sums));
   }
-  double total() const { return total_of(_mm256_add_pd(first, second)); }
-  static double total_of(__m256d v) {
-    alignas(32) double lanes[4];
-    _mm256_store_pd(lanes, v);
-    return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
-  }
+  double total() const { return total_of(sums); }
 };
 
 struct ProductSums {
@@ -108,8 +110,8 @@ struct ProductSums {
     add(_mm256_castps256_ps128(w.v), _mm256_castps256_ps128(q.v));
     add(_mm256_extractf128_ps(w.v, 1), _mm256_extractf128_ps(q.v, 1));
   }
-  double product() const { return Sum::total_of(products); }
-  double norm() const { return Sum::total_of(norms); }
+  double product() const { return total_of(products); }
+  double norm() const { return total_of(norms); }
 
  private:
   void add(__m128 w, __m128 q) {
@@ -289,17 +291,18 @@ struct TopBits {
 };
 
 // Sums in double precision.
-struct Sum {
-  double v[8] = {};
+inline double total_of(const double* v) {
+  double total = 0;
+  for (int i = 0; i < 8; ++i) total += v[i];
+  return total;
+}
+
+struct SquareSum {
+  double sums[8] = {};
   void add(Eight x) {
-    for (int i = 0; i < 8; ++i) v[i] += static_cast<double>(x.v[i]);
+    for (int i = 0; i < 8; ++i) sums[i] += static_cast<double>(x.v[i]) * static_cast<double>(x.v[i]);
   }
-  double total() const { return total_of(v); }
-  static double total_of(const double* v) {
-    double total = 0;
-    for (int i = 0; i < 8; ++i) total += v[i];
-    return total;
-  }
+  double total() const { return total_of(sums); }
 };
 
 struct ProductSums {
@@ -311,8 +314,8 @@ struct ProductSums {
       norms[i] += wide * wide;
     }
   }
-  double product() const { return Sum::total_of(products); }
-  double norm() const { return Sum::total_of(norms); }
+  double product() const { return total_of(products); }
+  double norm() const { return total_of(norms); }
 };
 
 // Places among up to 15 ascending thresholds, and an entry for each place.

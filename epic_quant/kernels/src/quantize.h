@@ -321,21 +321,21 @@ float least_squares_scale(const Scheme& scheme, const Levels& levels, const floa
   }
   const int places = static_cast<int>(top.total() >> 23) - 126, exponent = 24 - (places < -100 ? -100 : places);
   const Eight unit = Eight::of(ldexpf(1.0f, exponent));
-  Sum magnitudes;
+  SquareSum squares;  // of 16 bits, whose sums are exact too
   Eight largest = Eight::of(0);
   for (std::size_t at = 0; at < size; at += 8) {
     const Eight x = (Eight::load(whole + at) * unit).rounded();
     x.store(whole + at);
-    magnitudes.add(x.magnitude());
+    squares.add((x * Eight::of(1.0f / 256)).rounded());
     largest = larger(largest, x.magnitude());
   }
   float lanes[8];
   largest.store(lanes);
   double peak = 1;
   for (float lane : lanes) peak = static_cast<double>(lane) > peak ? static_cast<double>(lane) : peak;
-  const double sum = magnitudes.total();
+  const double sum = squares.total() < 1 ? 1 : squares.total();
   const double to_peak = scheme.peak_level / peak;
-  const double to_gaussian = 1 / ((sum < 1 ? 1 : sum) * (scheme.mean_step / static_cast<double>(size)));
+  const double to_gaussian = 1 / (sqrt(sum / static_cast<double>(size)) * (256 * scheme.gaussian_step));
 
   // The five that are tried, the one that puts the largest on `peak_level`, and the one between the best.
   double inverses[7];

@@ -19,7 +19,7 @@ struct Scheme {
   bool least_squares;  // else the scale is the largest magnitude over `divisor`
   float divisor;
   bool either_sign;    // the scale is negative where the largest weight is positive
-  double mean_step, peak_level;
+  double gaussian_step, peak_level;
   int packed_bits;     // of a code; 0 for five base-3 digits a byte
   int table_bits;      // 2^table_bits entries
   float levels[16];    // by code, of entries

@@ -20,14 +20,14 @@ T* at(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-Scheme scheme_of(int rounding, float low, float high, float divisor, double mean_step, double peak_level,
+Scheme scheme_of(int rounding, float low, float high, float divisor, double gaussian_step, double peak_level,
                  bool either_sign, int packed_bits, const std::vector<float>& levels,
                  const std::vector<float>& thresholds) {
   Scheme scheme{};
   scheme.rounding = static_cast<Rounding>(rounding);
   scheme.low = low, scheme.high = high;
   scheme.least_squares = divisor == 0, scheme.divisor = divisor;
-  scheme.mean_step = mean_step, scheme.peak_level = peak_level, scheme.either_sign = either_sign;
+  scheme.gaussian_step = gaussian_step, scheme.peak_level = peak_level, scheme.either_sign = either_sign;
   scheme.packed_bits = packed_bits;
   std::copy(levels.begin(), levels.end(), scheme.levels);
   std::copy(thresholds.begin(), thresholds.end(), scheme.thresholds);
