@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from epic_quant import kernels
+from epic_quant.errors import KernelError
 
 # The numbers of `enum class Element` and `enum class Rounding` in src/rows.h.
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -56,11 +57,15 @@ class Format(NamedTuple):
 
 
 def quantize(weight: Tensor, format: Format, packed: Tensor, scale: Tensor) -> int | None:
-    """Write what is stored of `weight` [rows, cols]; gives back the first row that is not finite, or None.
+    """Write what is stored of `weight` [rows, cols] floats; gives back the first row that is not finite, or None.
 
-    `packed` [rows, row bytes], uint8, and `scale` [rows, scales a row], fp16, are contiguous.
+    `packed` [rows, row bytes], uint8, and `scale` [rows, cols / group size], fp16. Raises KernelError for buffers that
+    do not fit.
     """
-    weight = (weight if weight.dtype in _ELEMENTS else weight.float()).contiguous()
+    _check_stored(packed, scale, weight.shape[1], format)
+    weight = _in_memory(weight if weight.dtype in _ELEMENTS else weight.float())
+    if weight.shape[0] != packed.shape[0]:
+        raise KernelError(f"{weight.shape[0]} rows do not fit into {packed.shape[0]}")
     bad: int = _native().quantize(
         kernels.isa(),
         *_known(format),
@@ -75,9 +80,10 @@ def quantize(weight: Tensor, format: Format, packed: Tensor, scale: Tensor) -> i
 
 
 def dequantize(packed: Tensor, scale: Tensor, cols: int, format: Format, dtype: torch.dtype) -> Tensor:
-    """The matrix [rows, cols] in `dtype`; what that cannot hold saturates."""
-    decoded = torch.empty(len(packed), cols, dtype=dtype if dtype in _ELEMENTS else torch.float32)
-    packed, scale = packed.contiguous(), scale.contiguous()
+    """The matrix [rows, cols] in `dtype`; what that cannot hold saturates. Raises KernelError as `quantize` does."""
+    packed, scale = _in_memory(packed), _in_memory(scale)
+    _check_stored(packed, scale, cols, format)
+    decoded = torch.empty(packed.shape[0], cols, dtype=dtype if dtype in _ELEMENTS else torch.float32)
     _native().dequantize(
         kernels.isa(),
         *_known(format),
@@ -92,22 +98,46 @@ def dequantize(packed: Tensor, scale: Tensor, cols: int, format: Format, dtype: 
 
 
 def turn(x: Tensor, block: int, signs: Tensor, *, back: bool) -> Tensor:
-    """Rows of x [..., cols], fp32, turned by signs and Hadamard blocks, or turned back."""
-    x = x.contiguous()
-    turned = torch.empty_like(x)
+    """Rows of x [..., cols], fp32, turned by `signs` [cols] and Hadamard blocks, or turned back.
+
+    Raises KernelError where the signs or the block do not fit.
+    """
     cols = x.shape[-1]
-    _native().turn(
-        kernels.isa(),
-        block,
-        signs.data_ptr(),
-        back,
-        x.numel() // cols,
-        cols,
-        x.data_ptr(),
-        turned.data_ptr(),
-        torch.get_num_threads(),
-    )
+    _check_turn(block, signs, cols)
+    x = _in_memory(x)
+    turned = torch.empty_like(x)
+    addresses = x.data_ptr(), turned.data_ptr()
+    threads = torch.get_num_threads()
+    _native().turn(kernels.isa(), block, signs.data_ptr(), back, x.numel() // cols, cols, *addresses, threads)
     return turned
+
+
+def _in_memory(x: Tensor) -> Tensor:
+    """Itself, or a copy that is contiguous and aligned."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % x.itemsize else x
+
+
+def _check_stored(packed: Tensor, scale: Tensor, cols: int, format: Format) -> None:
+    bits = _bits(format.rule.coding)
+    nbytes = -(-cols * bits // 8) if bits else -(-cols // 5)
+    group = format.group_size
+    if cols < 1 or group < 1 or cols % group:
+        raise KernelError(f"a group of {group} does not divide rows of {cols}")
+    wanted = {"packed": (packed, torch.uint8, nbytes), "scale": (scale, torch.float16, cols // group)}
+    for name, (buffer, dtype, row) in wanted.items():
+        if buffer.dtype != dtype or buffer.shape != (packed.shape[0], row) or not buffer.is_contiguous():
+            said = f"{buffer.dtype} {list(buffer.shape)}"
+            raise KernelError(f"{name} is {said}, expected contiguous {dtype} {[packed.shape[0], row]}")
+    if format.block:
+        _check_turn(format.block, format.signs, cols)
+
+
+def _check_turn(block: int, signs: Tensor | None, cols: int) -> None:
+    if block < 1 or block & (block - 1) or cols < 1 or cols % block:
+        raise KernelError(f"a block of {block} does not divide rows of {cols}, or is no power of two")
+    if signs is None or signs.shape != (cols,) or signs.dtype != torch.float32 or not signs.is_contiguous():
+        raise KernelError(f"the signs do not fit rows of {cols}")
 
 
 def _known(format: Format) -> tuple[Any, int, int, int]:
@@ -130,7 +160,11 @@ def _scheme(rule: Rule) -> Any:
         rule.gaussian_step,
         rule.peak_level,
         rule.either_sign,
-        0 if rule.coding == "trits" else int(rule.coding.removeprefix("bits")),
+        _bits(rule.coding),
         list(levels),
         [(low + high) / 2 for low, high in itertools.pairwise(levels)],
     )
+
+
+def _bits(coding: str) -> int:
+    return 0 if coding == "trits" else int(coding.removeprefix("bits"))

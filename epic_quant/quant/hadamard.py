@@ -53,7 +53,7 @@ def _turn_back(x: Tensor, signs: Tensor, block: int) -> Tensor:
 
 
 def _transform(x: Tensor, block: int) -> Tensor:
-    """The product with Sylvester's Hadamard matrix of ones, block by block: sums and differences of numbers 1, 2, 4 … apart."""
+    """The product with Sylvester's matrix of ones in every block: sums and differences of numbers 1, 2, 4 … apart."""
     apart = 1
     while apart < block:
         first, second = x.reshape(-1, 2, apart).unbind(1)
@@ -63,7 +63,7 @@ def _transform(x: Tensor, block: int) -> Tensor:
 
 
 def _is_native(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.numel() > 0 and quantizing.active()
+    return x.dtype == torch.float32 and x.numel() > 0 and not x.requires_grad and quantizing.active()
 
 
 def _in_fp32(x: Tensor, turned: Callable[[Tensor], Tensor]) -> Tensor:

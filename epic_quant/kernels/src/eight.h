@@ -19,26 +19,26 @@ struct Eight {
   __m256 v;
 
   static Eight of(float x) { return {_mm256_set1_ps(x)}; }
-  static Eight load(const float* from) { return {_mm256_loadu_ps(from)}; }
-  static Eight load_bf16(const std::uint16_t* from) {
-    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  static Eight load(const void* from) { return {_mm256_loadu_ps(static_cast<const float*>(from))}; }
+  static Eight load_bf16(const void* from) {
+    const __m128i halves = _mm_loadu_si128(static_cast<const __m128i*>(from));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16))};
   }
-  static Eight load_fp16(const std::uint16_t* from) {
-    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))};
+  static Eight load_fp16(const void* from) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(from)))};
   }
-  void store(float* to) const { _mm256_storeu_ps(to, v); }
+  void store(void* to) const { _mm256_storeu_ps(static_cast<float*>(to), v); }
   // For finite numbers.
-  void store_bf16(std::uint16_t* to) const {
+  void store_bf16(void* to) const {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
     const __m256i upper = _mm256_srli_epi32(up, 16);
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(upper, upper), 0x08);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
+    _mm_storeu_si128(static_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
   }
-  void store_fp16(std::uint16_t* to) const {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  void store_fp16(void* to) const {
+    _mm_storeu_si128(static_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
   // Whole numbers from 0 to 255, as bytes.
   void store_bytes(std::uint8_t* to) const {
@@ -202,27 +202,35 @@ struct Eight {
   static Eight of(float x) {
     return each([&](int) { return x; });
   }
-  static Eight load(const float* from) {
+  static Eight load(const void* from) {
     Eight x;
     std::memcpy(x.v, from, sizeof x.v);
     return x;
   }
-  static Eight load_bf16(const std::uint16_t* from) {
-    return each([&](int i) { return of_bits(static_cast<std::uint32_t>(from[i]) << 16); });
+  static Eight load_bf16(const void* from) {
+    std::uint16_t halves[8];
+    std::memcpy(halves, from, sizeof halves);
+    return each([&](int i) { return of_bits(static_cast<std::uint32_t>(halves[i]) << 16); });
   }
-  static Eight load_fp16(const std::uint16_t* from) {
-    return each([&](int i) { return from_fp16(from[i]); });
+  static Eight load_fp16(const void* from) {
+    std::uint16_t halves[8];
+    std::memcpy(halves, from, sizeof halves);
+    return each([&](int i) { return from_fp16(halves[i]); });
   }
-  void store(float* to) const { std::memcpy(to, v, sizeof v); }
+  void store(void* to) const { std::memcpy(to, v, sizeof v); }
   // For finite numbers.
-  void store_bf16(std::uint16_t* to) const {
+  void store_bf16(void* to) const {
+    std::uint16_t halves[8];
     for (int i = 0; i < 8; ++i) {
       const std::uint32_t bits = bits_of(v[i]);
-      to[i] = static_cast<std::uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+      halves[i] = static_cast<std::uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
     }
+    std::memcpy(to, halves, sizeof halves);
   }
-  void store_fp16(std::uint16_t* to) const {
-    for (int i = 0; i < 8; ++i) to[i] = to_fp16(v[i]);
+  void store_fp16(void* to) const {
+    std::uint16_t halves[8];
+    for (int i = 0; i < 8; ++i) halves[i] = to_fp16(v[i]);
+    std::memcpy(to, halves, sizeof halves);
   }
   // Whole numbers from 0 to 255, as bytes.
   void store_bytes(std::uint8_t* to) const {

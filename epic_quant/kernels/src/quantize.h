@@ -14,43 +14,44 @@ namespace {
 
 constexpr float kFp16Max = 65504.0f;
 constexpr float kBf16Max = 3.3895313892515355e38f;
+constexpr float kFp32Max = 3.4028234663852886e38f;
 
 inline std::size_t padded(std::size_t n) { return (n + 7) / 8 * 8; }
 
 // ---- elements ----
 
-inline Eight load(Element element, const void* from, std::size_t at) {
-  switch (element) {
-    case Element::bf16: return Eight::load_bf16(static_cast<const std::uint16_t*>(from) + at);
-    case Element::fp16: return Eight::load_fp16(static_cast<const std::uint16_t*>(from) + at);
-    default: return Eight::load(static_cast<const float*>(from) + at);
-  }
-}
-
-inline void store(Element element, Eight x, void* to, std::size_t at) {
-  switch (element) {
-    case Element::bf16: return x.store_bf16(static_cast<std::uint16_t*>(to) + at);
-    case Element::fp16: return x.store_fp16(static_cast<std::uint16_t*>(to) + at);
-    default: return x.store(static_cast<float*>(to) + at);
-  }
-}
-
 inline std::size_t size_of(Element element) { return element == Element::fp32 ? 4 : 2; }
+
+inline Eight load(Element element, const char* from) {
+  switch (element) {
+    case Element::bf16: return Eight::load_bf16(from);
+    case Element::fp16: return Eight::load_fp16(from);
+    default: return Eight::load(from);
+  }
+}
+
+inline void store(Element element, Eight x, char* to) {
+  switch (element) {
+    case Element::bf16: return x.store_bf16(to);
+    case Element::fp16: return x.store_fp16(to);
+    default: return x.store(to);
+  }
+}
 
 // Row `row` as fp32 with zeros up to a multiple of eight; false where a number is not finite.
 inline bool read_row(Element element, const void* rows, std::size_t row, std::size_t cols, float* to) {
-  const char* from = static_cast<const char*>(rows) + row * cols * size_of(element);
-  const std::size_t whole = cols / 8 * 8;
+  const std::size_t size = size_of(element), whole = cols / 8 * 8;
+  const char* from = static_cast<const char*>(rows) + row * cols * size;
   TopBits top;
   for (std::size_t at = 0; at < whole; at += 8) {
-    const Eight x = load(element, from, at);
+    const Eight x = load(element, from + at * size);
     top.add(x);
     x.store(to + at);
   }
   if (whole < cols) {
-    float rest[8] = {};
-    std::memcpy(rest, from + whole * size_of(element), (cols - whole) * size_of(element));
-    const Eight x = load(element, rest, 0);
+    char rest[32] = {};
+    std::memcpy(rest, from + whole * size, (cols - whole) * size);
+    const Eight x = load(element, rest);
     top.add(x);
     x.store(to + whole);
   }
@@ -58,16 +59,16 @@ inline bool read_row(Element element, const void* rows, std::size_t row, std::si
 }
 
 inline void write_row(Element element, const float* from, std::size_t row, std::size_t cols, void* rows) {
-  char* to = static_cast<char*>(rows) + row * cols * size_of(element);
-  const float most = element == Element::fp16 ? kFp16Max : element == Element::bf16 ? kBf16Max : 3.4028234663852886e38f;
+  const std::size_t size = size_of(element), whole = cols / 8 * 8;
+  char* to = static_cast<char*>(rows) + row * cols * size;
+  const float most = element == Element::fp16 ? kFp16Max : element == Element::bf16 ? kBf16Max : kFp32Max;
   const Eight high = Eight::of(most), low = Eight::of(-most);
-  const std::size_t whole = cols / 8 * 8;
   for (std::size_t at = 0; at < whole; at += 8)
-    store(element, smaller(larger(Eight::load(from + at), low), high), to, at);
+    store(element, smaller(larger(Eight::load(from + at), low), high), to + at * size);
   if (whole < cols) {
-    float rest[8];
-    store(element, smaller(larger(Eight::load(from + whole), low), high), rest, 0);
-    std::memcpy(to + whole * size_of(element), rest, (cols - whole) * size_of(element));
+    char rest[32];
+    store(element, smaller(larger(Eight::load(from + whole), low), high), rest);
+    std::memcpy(to + whole * size, rest, (cols - whole) * size);
   }
 }
 
