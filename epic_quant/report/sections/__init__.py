@@ -11,6 +11,7 @@ from epic_quant.report.blocks import Block, Bullets, Heading, Paragraph, code
 from epic_quant.report.sections import (
     block,
     footprint,
+    kernels,
     kv,
     ladder,
     ple,
@@ -79,6 +80,14 @@ SECTIONS = (
         "benchmarks/test_block.py",
         block.blocks,
         block.findings,
+    ),
+    Section(
+        "Kernels",
+        "kernels",
+        ("weight", "tokens", "how"),
+        "benchmarks/test_kernels.py",
+        kernels.blocks,
+        kernels.findings,
     ),
     Section("Quality", "quality", ("policy",), "benchmarks/test_quality.py", quality.blocks, quality.findings),
     Section(
