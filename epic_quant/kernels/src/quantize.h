@@ -153,6 +153,7 @@ inline void unpack_trits(const std::uint8_t* from, std::size_t cols, std::uint8_
 inline void pack_row(int bits, const std::uint8_t* codes, std::size_t cols, std::uint8_t* to) {
   switch (bits) {
     case 0: return pack_trits(codes, cols, to);
+    case 1: return pack_row<1>(codes, cols, to);
     case 2: return pack_row<2>(codes, cols, to);
     case 3: return pack_row<3>(codes, cols, to);
     case 4: return pack_row<4>(codes, cols, to);
@@ -167,6 +168,7 @@ inline void pack_row(int bits, const std::uint8_t* codes, std::size_t cols, std:
 inline void unpack_row(int bits, const std::uint8_t* from, std::size_t cols, std::uint8_t* codes) {
   switch (bits) {
     case 0: return unpack_trits(from, cols, codes);
+    case 1: return unpack_row<1>(from, cols, codes);
     case 2: return unpack_row<2>(from, cols, codes);
     case 3: return unpack_row<3>(from, cols, codes);
     case 4: return unpack_row<4>(from, cols, codes);
