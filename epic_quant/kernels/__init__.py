@@ -100,11 +100,6 @@ class PackedMatrix:
     def __reduce__(self) -> tuple[type[PackedMatrix], tuple[Any, ...]]:
         return PackedMatrix, self._arguments
 
-    @property
-    def takes_int8(self) -> bool:
-        """Whether int8 activations are really taken; not where a scale changes within a step of the kernel."""
-        return bool(self._native.is_blocked)
-
     def linear(self, x: Tensor, activations: str = "fp32") -> Tensor:
         """`x` [..., cols], any float dtype but computed in fp32, times the transpose: [..., rows] in x's dtype.
 

@@ -195,10 +195,7 @@ class QuantizedTensor:
 
     def computed_by(self, activations: str = "fp32") -> str:
         """What multiplies by it, and the form of activations that it then takes, such as `avx2, int8 activations`."""
-        if self._kernel is None:
-            return REFERENCE
-        taken = activations if self._kernel.takes_int8 else "fp32"
-        return f"{self._kernel.isa}, {taken} activations"
+        return REFERENCE if self._kernel is None else f"{self._kernel.isa}, {activations} activations"
 
     @cached_property
     def _kernel(self) -> PackedMatrix | None:

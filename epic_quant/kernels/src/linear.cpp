@@ -42,15 +42,20 @@ Plan plan_of(const Weights& weights) {
   plan.unit_codes = unit;
   plan.group_size = weights.cols / weights.num_scales;
   const std::size_t group = weights.num_scales == 1 ? round_up(weights.cols, 8 * unit) : plan.group_size;
-  plan.blocked = group % half == 0;
-  plan.split = plan.blocked && (half >= 128 || group % unit != 0);
+  plan.kind = group % half ? Blocks::segments : half >= 128 || group % unit ? Blocks::halves : Blocks::units;
   plan.block_units = 1;
-  while (!plan.split && 2 * plan.block_units * unit <= 128 && group % (2 * plan.block_units * unit) == 0)
+  while (plan.kind == Blocks::units && 2 * plan.block_units * unit <= 128 && group % (2 * plan.block_units * unit) == 0)
     plan.block_units *= 2;
-  plan.block_codes = plan.split ? half : plan.block_units * unit;
+  plan.block_codes = plan.kind == Blocks::halves ? half : plan.block_units * unit;
   const std::size_t block_of_units = plan.block_units * unit;
   plan.num_units = round_up(weights.cols, block_of_units) / unit;
   plan.num_blocks = plan.num_units * unit / plan.block_codes;
+  plan.num_digit_units = plan.num_units;
+  if (plan.kind == Blocks::segments) {
+    plan.num_blocks = 0;
+    for (Segment segment; segment.group < weights.num_scales; segment.next(plan)) ++plan.num_blocks;
+    plan.num_digit_units = plan.num_blocks;
+  }
   return plan;
 }
 
@@ -71,12 +76,13 @@ void linear(const Table& table, const Weights& weights, const float* x, std::siz
   job.tokens = tokens;
   job.x = x;
   job.out = out;
-  const bool in_fp32 = !job.plan.blocked || (activations == Activations::fp32 && tokens > 1);
+  const bool in_fp32 = activations == Activations::fp32 && tokens > 1;
   const int digits = in_fp32 ? 0 : activations == Activations::int8 ? 1 : kMostDigits;
 
   static thread_local Scratch of_x;
   const std::size_t padded = job.plan.num_units * job.plan.unit_codes;
-  const std::size_t values_nbytes = tokens * padded * (in_fp32 ? sizeof(float) : digits);
+  const std::size_t values_nbytes =
+      tokens * (in_fp32 ? padded * sizeof(float) : job.plan.num_digit_units * job.plan.unit_codes * digits);
   const std::size_t blocks = round_up(job.plan.num_blocks, 8);
   char* memory = of_x.get(values_nbytes + 2 * tokens * blocks * sizeof(float));
   job.x_values = reinterpret_cast<float*>(memory);

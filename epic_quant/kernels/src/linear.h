@@ -32,12 +32,26 @@ struct Weights {
   std::int8_t levels[16];
 };
 
-// How a row falls into blocks, which share a scale of the weights and one of the activations. A block is `block_units`
-// units, or half a unit where `split`.
+// How a row falls into blocks, which share a scale of the weights and one of the activations: `block_units` units, or
+// half a unit, or a segment, the part of a unit that is in one group. A segment has a whole unit of digits of
+// activations, zeros where it is not.
+enum class Blocks { units, halves, segments };
+
 struct Plan {
+  Blocks kind;
   std::size_t group_size, num_units, unit_codes, block_units, num_blocks, block_codes;
-  bool split;
-  bool blocked;  // false: a scale changes within half a unit, and only the fp32 kernel follows it
+  std::size_t num_digit_units;  // of a token
+};
+
+// Goes through the segments of a row in order.
+struct Segment {
+  std::size_t unit = 0, group = 0;
+
+  void next(const Plan& plan) {
+    const std::size_t group_end = (group + 1) * plan.group_size, unit_end = (unit + 1) * plan.unit_codes;
+    if (group_end <= unit_end) ++group;
+    if (unit_end <= group_end) ++unit;
+  }
 };
 
 struct Linear {
@@ -46,8 +60,8 @@ struct Linear {
   std::size_t tokens;
   const float* x;  // [tokens, cols]
   float* out;      // [tokens, rows]
-  // Laid out by `prepare`, a token after another: fp32 values [num_units, V, 32], or digits [num_units, V, D, 32] with
-  // the scale of each block, and scale times the sum of its quotients.
+  // Laid out by `prepare`, a token after another: fp32 values [num_units, V, 32], or digits [num_digit_units, V, D, 32]
+  // with the scale of each block, and scale times the sum of its quotients.
   float* x_values;
   std::int8_t* x_digits;
   float* x_scale;  // [tokens, num_blocks]

@@ -153,8 +153,13 @@ inline void expand_scales(const Weights& weights, const Plan& plan, std::size_t 
     for (std::size_t b = 0; b < blocks; b += 8) _mm256_storeu_ps(to + b, all);
     return;
   }
-  const std::size_t each = plan.group_size / plan.block_codes, used = weights.num_scales * each;
   std::size_t b = 0;
+  if (plan.kind == Blocks::segments) {
+    for (Segment segment; segment.group < weights.num_scales; segment.next(plan)) to[b++] = float_of(from[segment.group]);
+    for (; b < blocks; ++b) to[b] = 0;
+    return;
+  }
+  const std::size_t each = plan.group_size / plan.block_codes, used = weights.num_scales * each;
   if (each == 1) {
     for (; b + 8 <= used; b += 8)
       _mm256_storeu_ps(to + b, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + b))));
@@ -173,9 +178,9 @@ EPIC_QUANT_INLINE float sum_of(__m256 v) {
 }
 
 // Scales of a block for all eight sums; where blocks are halves of a unit, of this one and the next, a lane each.
-template <bool Split>
+template <Blocks B>
 EPIC_QUANT_INLINE __m256 scale_of(const float* scales, std::size_t unit_block) {
-  if (!Split) return _mm256_broadcast_ss(scales + unit_block);
+  if (B != Blocks::halves) return _mm256_broadcast_ss(scales + unit_block);
   const __m256 pairs = _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(scales + 2 * unit_block)));
   return _mm256_permutevar_ps(pairs, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
 }
@@ -194,7 +199,7 @@ struct Levels {
 EPIC_QUANT_INLINE __m256i pairs_of(__m256i products) { return _mm256_madd_epi16(products, _mm256_set1_epi16(1)); }
 
 // One token. Signed: codes stand for levels of their own, not code - zero.
-template <Coding K, bool Signed, int D, bool Split>
+template <Coding K, bool Signed, int D, Blocks B>
 void token(const Linear& job, std::size_t begin, std::size_t end, float* combined) {
   constexpr int V = vectors_of(K), kUnit = unit_nbytes_of(K);
   const Weights& weights = job.weights;
@@ -214,28 +219,30 @@ void token(const Linear& job, std::size_t begin, std::size_t end, float* combine
     sum = _mm256_mul_ps(sum, _mm256_set1_ps(minus_zero));
 
     const std::int8_t* x = job.x_digits;
-    const auto block = [&](const std::uint8_t* p, std::size_t index) EPIC_QUANT_INLINE_LAMBDA {
-      __m256i total[D];
+    Segment segment;
+    std::size_t index = 0;
+    __m256i total[D];
+    const auto clear = [&]() EPIC_QUANT_INLINE_LAMBDA {
       EPIC_QUANT_UNROLL
       for (int d = 0; d < D; ++d) total[d] = _mm256_setzero_si256();
-      for (std::size_t u = 0; u < block_units; ++u, p += kUnit) {
-        __m256i codes[V];
-        Unit<K>::decode(p, codes);
-        EPIC_QUANT_UNROLL
-        for (int v = 0; v < V; ++v) {
-          if (Signed) {
-            const __m256i level = levels.template of<K>(codes[v]), magnitude = _mm256_abs_epi8(level);
-            EPIC_QUANT_UNROLL
-            for (int d = 0; d < D; ++d, x += kVector)
-              total[d] = _mm256_add_epi32(
-                  total[d], pairs_of(_mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(load(x), level))));
-          } else {
-            EPIC_QUANT_UNROLL
-            for (int d = 0; d < D; ++d, x += kVector)
-              total[d] = _mm256_add_epi16(total[d], _mm256_maddubs_epi16(codes[v], load(x)));
-          }
+    };
+    const auto multiply = [&](const __m256i(&codes)[V]) EPIC_QUANT_INLINE_LAMBDA {
+      EPIC_QUANT_UNROLL
+      for (int v = 0; v < V; ++v) {
+        if (Signed) {
+          const __m256i level = levels.template of<K>(codes[v]), magnitude = _mm256_abs_epi8(level);
+          EPIC_QUANT_UNROLL
+          for (int d = 0; d < D; ++d, x += kVector)
+            total[d] = _mm256_add_epi32(
+                total[d], pairs_of(_mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(load(x), level))));
+        } else {
+          EPIC_QUANT_UNROLL
+          for (int d = 0; d < D; ++d, x += kVector)
+            total[d] = _mm256_add_epi16(total[d], _mm256_maddubs_epi16(codes[v], load(x)));
         }
       }
+    };
+    const auto scale = [&]() EPIC_QUANT_INLINE_LAMBDA {
       if (!Signed) {
         EPIC_QUANT_UNROLL
         for (int d = 0; d < D; ++d) total[d] = pairs_of(total[d]);
@@ -243,29 +250,49 @@ void token(const Linear& job, std::size_t begin, std::size_t end, float* combine
       __m256 value = _mm256_cvtepi32_ps(total[0]);
       if (D > 1) value = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total[D > 1 ? 1 : 0]), _mm256_set1_ps(1.0f / 255), value);
       if (D > 2) value = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total[D > 2 ? 2 : 0]), _mm256_set1_ps(1.0f / 65025), value);
-      sum = _mm256_fmadd_ps(value, scale_of<Split>(combined, index), sum);
+      sum = _mm256_fmadd_ps(value, scale_of<B>(combined, index++), sum);
+    };
+    const auto block = [&](const std::uint8_t* p) EPIC_QUANT_INLINE_LAMBDA {
+      __m256i codes[V];
+      if (B == Blocks::segments) {
+        Unit<K>::decode(p, codes);
+        for (const std::size_t unit = segment.unit; segment.unit == unit && segment.group < weights.num_scales;
+             segment.next(plan)) {
+          clear();
+          multiply(codes);
+          scale();
+        }
+        return;
+      }
+      clear();
+      for (std::size_t u = 0; u < block_units; ++u, p += kUnit) {
+        Unit<K>::decode(p, codes);
+        multiply(codes);
+      }
+      scale();
     };
 
     const std::uint8_t* packed = weights.packed + row * weights.row_nbytes;
-    std::size_t unit = 0, index = 0;
-    for (; unit < whole_units; unit += block_units, ++index) block(packed + unit * kUnit, index);
+    std::size_t unit = 0;
+    for (; unit < whole_units; unit += block_units) block(packed + unit * kUnit);
     if (unit < num_units) {
       // What is left of the row, with zeros after it: less than a block.
       std::uint8_t tail[160] = {};
       std::memcpy(tail, packed + unit * kUnit, weights.row_nbytes - unit * kUnit);
-      block(tail, index);
+      block(tail);
     }
     job.out[row] = sum_of(sum);
   }
 }
 
 // R rows by T tokens of int8 activations, over all blocks of a row whose codes (levels, where signed) lie decoded.
-template <bool Signed, bool Split, int R, int T>
+template <bool Signed, Blocks B, int R, int T>
 EPIC_QUANT_INLINE void multiply_int8(const Linear& job, const std::uint8_t* codes, std::size_t codes_stride,
                                      const float* scales, std::size_t token, std::size_t row, std::size_t rows_left,
                                      int block_vectors) {
-  const std::size_t blocks = padded_blocks(job.plan), padded = job.plan.num_units * job.plan.unit_codes;
-  const std::size_t num_blocks = padded / kVector / block_vectors;
+  const Plan& plan = job.plan;
+  const std::size_t blocks = padded_blocks(plan), x_stride = plan.num_digit_units * plan.unit_codes;
+  const std::size_t num_blocks = x_stride / kVector / block_vectors;
   __m256 sums[R][T];
   EPIC_QUANT_UNROLL
   for (int r = 0; r < R; ++r)
@@ -281,8 +308,14 @@ EPIC_QUANT_INLINE void multiply_int8(const Linear& job, const std::uint8_t* code
       for (int t = 0; t < T; ++t)
         sums[r][t] = _mm256_mul_ps(sums[r][t], _mm256_set1_ps(static_cast<float>(-job.weights.zero)));
   }
-  const std::int8_t* x = job.x_digits + token * padded;
+  const std::int8_t* x = job.x_digits + token * x_stride;
+  const std::uint8_t* const row_codes = codes;
+  Segment segment;
   for (std::size_t b = 0; b < num_blocks; ++b) {
+    if (B == Blocks::segments) {
+      codes = row_codes + segment.unit * plan.unit_codes;
+      segment.next(plan);
+    }
     __m256i total[R][T];
     EPIC_QUANT_UNROLL
     for (int r = 0; r < R; ++r)
@@ -291,7 +324,7 @@ EPIC_QUANT_INLINE void multiply_int8(const Linear& job, const std::uint8_t* code
     for (int v = 0; v < block_vectors; ++v, codes += kVector, x += kVector) {
       __m256i own[T];
       EPIC_QUANT_UNROLL
-      for (int t = 0; t < T; ++t) own[t] = load(x + t * padded);
+      for (int t = 0; t < T; ++t) own[t] = load(x + t * x_stride);
       EPIC_QUANT_UNROLL
       for (int r = 0; r < R; ++r) {
         const __m256i code = load(codes + r * codes_stride);
@@ -305,10 +338,10 @@ EPIC_QUANT_INLINE void multiply_int8(const Linear& job, const std::uint8_t* code
     }
     EPIC_QUANT_UNROLL
     for (int t = 0; t < T; ++t) {
-      const __m256 x_scale = scale_of<Split>(job.x_scale + (token + t) * blocks, b);
+      const __m256 x_scale = scale_of<B>(job.x_scale + (token + t) * blocks, b);
       EPIC_QUANT_UNROLL
       for (int r = 0; r < R; ++r) {
-        const __m256 scale = _mm256_mul_ps(x_scale, scale_of<Split>(scales + r * blocks, b));
+        const __m256 scale = _mm256_mul_ps(x_scale, scale_of<B>(scales + r * blocks, b));
         const __m256i pairs = Signed ? total[r][t] : pairs_of(total[r][t]);
         sums[r][t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(pairs), scale, sums[r][t]);
       }
@@ -318,7 +351,7 @@ EPIC_QUANT_INLINE void multiply_int8(const Linear& job, const std::uint8_t* code
     for (int t = 0; t < T; ++t) job.out[(token + t) * job.weights.rows + row + r] = sum_of(sums[r][t]);
 }
 
-template <Coding K, bool Signed, bool Split>
+template <Coding K, bool Signed, Blocks B>
 void tokens_int8(const Linear& job, std::size_t begin, std::size_t end, void* scratch) {
   constexpr int V = vectors_of(K), kUnit = unit_nbytes_of(K);
   const Weights& weights = job.weights;
@@ -346,11 +379,11 @@ void tokens_int8(const Linear& job, std::size_t begin, std::size_t end, void* sc
     std::size_t token = 0;
     for (; token + 2 <= job.tokens; token += 2)
       for (std::size_t r = 0; r < rows; r += 4)
-        multiply_int8<Signed, Split, 4, 2>(job, codes + r * padded, padded, scales + r * blocks, token, first + r,
+        multiply_int8<Signed, B, 4, 2>(job, codes + r * padded, padded, scales + r * blocks, token, first + r,
                                            rows - r, block_vectors);
     if (token < job.tokens)
       for (std::size_t r = 0; r < rows; r += 4)
-        multiply_int8<Signed, Split, 4, 1>(job, codes + r * padded, padded, scales + r * blocks, token, first + r,
+        multiply_int8<Signed, B, 4, 1>(job, codes + r * padded, padded, scales + r * blocks, token, first + r,
                                            rows - r, block_vectors);
   }
 }
@@ -384,7 +417,8 @@ EPIC_QUANT_INLINE void multiply_fp32(const float* tile, std::size_t tile_codes, 
 // The weights of one unit in fp32, exactly as (code - zero) * scale or level * scale.
 template <Coding K, bool Signed>
 EPIC_QUANT_INLINE void decode_fp32(const Weights& weights, const Plan& plan, const Levels& levels,
-                                   const std::uint8_t* packed, std::size_t unit, const float* scales, float* to) {
+                                   const std::uint8_t* packed, std::size_t unit, const float* scales,
+                                   const std::int32_t* groups, float* to) {
   constexpr int V = vectors_of(K);
   __m256i c[V];
   Unit<K>::decode(packed, c);
@@ -393,19 +427,14 @@ EPIC_QUANT_INLINE void decode_fp32(const Weights& weights, const Plan& plan, con
   EPIC_QUANT_UNROLL
   for (int v = 0; v < V; ++v)
     store(values + v * kVector, Signed ? levels.template of<K>(c[v]) : _mm256_sub_epi8(c[v], zero));
-  if (plan.blocked) {
-    const __m256 low = _mm256_broadcast_ss(scales + (plan.split ? 2 * unit : unit / plan.block_units));
-    const __m256 high = plan.split ? _mm256_broadcast_ss(scales + 2 * unit + 1) : low;
-    for (int at = 0; at < V * static_cast<int>(kVector); at += 8) {
-      const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values + at));
-      const __m256 value = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
-      _mm256_storeu_ps(to + at, _mm256_mul_ps(value, at & 16 ? high : low));
-    }
-    return;
-  }
-  for (std::size_t at = 0; at < V * kVector; ++at) {
-    const std::size_t in_order = unit * plan.unit_codes + (at % kVector) * V + at / kVector;
-    to[at] = in_order < weights.cols ? static_cast<float>(values[at]) * scales[in_order / plan.group_size] : 0;
+  const bool halves = plan.kind == Blocks::halves, segments = plan.kind == Blocks::segments;
+  const __m256 low = segments ? _mm256_setzero_ps() : _mm256_broadcast_ss(scales + (halves ? 2 * unit : unit / plan.block_units));
+  const __m256 high = halves ? _mm256_broadcast_ss(scales + 2 * unit + 1) : low;
+  for (int at = 0; at < V * static_cast<int>(kVector); at += 8) {
+    const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values + at));
+    const __m256 value = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
+    const __m256 scale = segments ? _mm256_i32gather_ps(scales, load(groups + at), 4) : at & 16 ? high : low;
+    _mm256_storeu_ps(to + at, _mm256_mul_ps(value, scale));
   }
 }
 
@@ -418,7 +447,10 @@ void tokens_fp32(const Linear& job, std::size_t begin, std::size_t end, float* s
   const Plan& plan = job.plan;
   const Levels levels(weights);
   const std::size_t blocks = padded_blocks(plan), padded = plan.num_units * plan.unit_codes;
-  const std::size_t scale_stride = plan.blocked ? blocks : weights.num_scales;
+  const bool segments = plan.kind == Blocks::segments;
+  const std::size_t scale_stride = segments ? weights.num_scales : blocks;
+  // The group of every code of a tile, where those of a unit differ; the last one's behind the row.
+  std::int32_t groups[kTileUnits * V * kVector];
   float* scales = scratch;
   float* tile = scales + kTileRows * ((scale_stride + 15) / 16 * 16);
   float* sums = tile + kTileRows * kTileUnits * V * kVector;
@@ -426,11 +458,11 @@ void tokens_fp32(const Linear& job, std::size_t begin, std::size_t end, float* s
     const std::size_t rows = end - first < kRows ? end - first : kRows;
     for (std::size_t r = 0; r < kRows; ++r) {
       const std::size_t row = first + (r < rows ? r : rows - 1);
-      if (plan.blocked)
-        expand_scales(weights, plan, row, scales + r * scale_stride);
-      else
+      if (segments)
         for (std::size_t s = 0; s < weights.num_scales; ++s)
           scales[r * scale_stride + s] = float_of(weights.scale[row * weights.num_scales + s]);
+      else
+        expand_scales(weights, plan, row, scales + r * scale_stride);
     }
     for (std::size_t token = 0; token < job.tokens; token += kTileTokens) {
       const std::size_t tokens = job.tokens - token < kTileTokens ? job.tokens - token : kTileTokens;
@@ -439,11 +471,18 @@ void tokens_fp32(const Linear& job, std::size_t begin, std::size_t end, float* s
       for (std::size_t unit = 0; unit < plan.num_units; unit += kTileUnits) {
         const std::size_t units = plan.num_units - unit < kTileUnits ? plan.num_units - unit : kTileUnits;
         const std::size_t codes = units * V * kVector;
+        for (std::size_t at = 0; segments && at < codes; ++at) {
+          const std::size_t within = at % (V * kVector);
+          const std::size_t in_order = unit * V * kVector + at - within + within % kVector * V + within / kVector;
+          const std::size_t last = weights.num_scales - 1, group = in_order / plan.group_size;
+          groups[at] = static_cast<std::int32_t>(group < last ? group : last);
+        }
         for (std::size_t r = 0; r < kRows; ++r) {
           const Row packed(weights, first + (r < rows ? r : rows - 1), plan.num_units, kUnit);
           for (std::size_t u = 0; u < units; ++u)
             decode_fp32<K, Signed>(weights, plan, levels, packed.unit(unit + u, kUnit), unit + u,
-                                   scales + r * scale_stride, tile + r * codes + u * V * kVector);
+                                   scales + r * scale_stride, groups + u * V * kVector,
+                                   tile + r * codes + u * V * kVector);
         }
         const float* x = job.x_values + token * padded + unit * V * kVector;
         std::size_t t = 0;
@@ -461,19 +500,32 @@ void tokens_fp32(const Linear& job, std::size_t begin, std::size_t end, float* s
   }
 }
 
-// The kernel for a coding, chosen once a call.
+// The kernel for a coding and kind of blocks, chosen once a call.
+template <Blocks B>
+struct Kind {
+  static constexpr Blocks value = B;
+};
+
+template <class Visit>
+void by_kind(const Plan& plan, Visit&& visit) {
+  switch (plan.kind) {
+    case Blocks::units: return visit(Kind<Blocks::units>{});
+    case Blocks::halves: return visit(Kind<Blocks::halves>{});
+    case Blocks::segments: return visit(Kind<Blocks::segments>{});
+  }
+}
+
 template <Coding K, bool Signed>
 struct For {
   static void token_kernel(const Linear& job, int digits, std::size_t begin, std::size_t end, void* scratch) {
     float* own = static_cast<float*>(scratch);
-    if (digits == 1)
-      job.plan.split ? token<K, Signed, 1, true>(job, begin, end, own) : token<K, Signed, 1, false>(job, begin, end, own);
-    else
-      job.plan.split ? token<K, Signed, 3, true>(job, begin, end, own) : token<K, Signed, 3, false>(job, begin, end, own);
+    by_kind(job.plan, [&](auto kind) {
+      digits == 1 ? token<K, Signed, 1, kind.value>(job, begin, end, own)
+                  : token<K, Signed, 3, kind.value>(job, begin, end, own);
+    });
   }
   static void tokens_int8_kernel(const Linear& job, std::size_t begin, std::size_t end, void* scratch) {
-    job.plan.split ? tokens_int8<K, Signed, true>(job, begin, end, scratch)
-                   : tokens_int8<K, Signed, false>(job, begin, end, scratch);
+    by_kind(job.plan, [&](auto kind) { tokens_int8<K, Signed, kind.value>(job, begin, end, scratch); });
   }
   static void tokens_fp32_kernel(const Linear& job, std::size_t begin, std::size_t end, void* scratch) {
     tokens_fp32<K, Signed>(job, begin, end, static_cast<float*>(scratch));

@@ -61,8 +61,6 @@ struct Matrix {
     std::memcpy(weights.levels, levels.c_str(), levels.size() < 16 ? levels.size() : 16);
   }
 
-  bool is_blocked() const { return plan_of(weights).blocked; }
-
   void linear(std::uintptr_t x, std::size_t tokens, std::uintptr_t out, bool int8, int num_threads) const {
     nb::gil_scoped_release release;
     epic_quant::linear(*table, weights, reinterpret_cast<const float*>(x), tokens, reinterpret_cast<float*>(out),
@@ -78,7 +76,6 @@ NB_MODULE(_native, module) {
   nb::class_<Matrix>(module, "Matrix")
       .def(nb::init<const std::string&, std::uintptr_t, std::uintptr_t, std::size_t, std::size_t, std::size_t,
                     std::size_t, int, int, nb::bytes>())
-      .def_prop_ro("is_blocked", &Matrix::is_blocked)
       .def("linear", &Matrix::linear);
   bind_rows(module);
 }

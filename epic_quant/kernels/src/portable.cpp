@@ -78,19 +78,27 @@ void decode_row(const Weights& weights, std::size_t num_units, std::size_t row, 
 // Rows by tokens in `digits` digits, over integer sums of 16 products each.
 void multiply_digits(const Linear& job, int digits, std::size_t begin, std::size_t end, void* scratch) {
   const Plan& plan = job.plan;
-  const std::size_t padded = plan.num_units * plan.unit_codes, blocks = padded_blocks(plan);
+  const std::size_t x_stride = plan.num_digit_units * plan.unit_codes, blocks = padded_blocks(plan);
+  const bool halves = plan.kind == Blocks::halves;
   const std::size_t vectors = plan.block_units * plan.unit_codes / kVector;
-  const std::size_t group_blocks = job.weights.num_scales == 1 ? plan.num_blocks : plan.group_size / plan.block_codes;
+  const std::size_t group_blocks = job.weights.num_scales == 1 ? plan.num_blocks : (plan.group_size + plan.block_codes - 1) / plan.block_codes;
   static const float kDigit[kMostDigits] = {1.0f, 1.0f / 255, 1.0f / 65025};
   auto* values = static_cast<std::int8_t*>(scratch);
   for (std::size_t row = begin; row < end; ++row) {
     decode_row(job.weights, plan.num_units, row, values);
     const std::uint16_t* scales = job.weights.scale + row * job.weights.num_scales;
     for (std::size_t token = 0; token < job.tokens; ++token) {
-      const std::int8_t* x = job.x_digits + token * padded * digits;
+      const std::int8_t* x = job.x_digits + token * x_stride * digits;
       const std::int8_t* w = values;
       float sum = 0;
-      for (std::size_t first = 0; first < plan.num_blocks; first += plan.split ? 2 : 1) {
+      Segment segment;
+      for (std::size_t first = 0; first < plan.num_blocks; first += halves ? 2 : 1) {
+        std::size_t group = first / group_blocks;
+        if (plan.kind == Blocks::segments) {
+          w = values + segment.unit * plan.unit_codes;
+          group = segment.group;
+          segment.next(plan);
+        }
         std::int32_t totals[kMostDigits][2] = {};
         for (std::size_t v = 0; v < vectors; ++v, w += kVector)
           for (int d = 0; d < digits; ++d, x += kVector)
@@ -100,8 +108,8 @@ void multiply_digits(const Linear& job, int digits, std::size_t begin, std::size
               totals[d][half] += total;
             }
         for (int half = 0; half < 2; ++half) {
-          const std::size_t block = first + (plan.split ? half : 0);
-          const std::size_t group = block / group_blocks;
+          const std::size_t block = first + (halves ? half : 0);
+          if (halves) group = block / group_blocks;
           if (group >= job.weights.num_scales) continue;  // behind the row
           float value = 0;
           for (int d = 0; d < digits; ++d) value += kDigit[d] * static_cast<float>(totals[d][half]);

@@ -81,6 +81,25 @@ inline void write_digits(const float* x, std::size_t codes, int digits, std::siz
                    static_cast<float>(sums[2]) * (1.0f / 65025));
 }
 
+// Lays out the digits of a token whose blocks are segments.
+inline void prepare_segments(const Linear& job, int digits, const float* x, std::int8_t* to, float* scale, float* sum) {
+  const Plan& plan = job.plan;
+  float part[256];
+  std::int8_t in_order[kMostDigits * 256];
+  for (Segment segment; segment.group < job.weights.num_scales; segment.next(plan), ++scale, ++sum) {
+    const std::size_t unit_begin = segment.unit * plan.unit_codes, group_begin = segment.group * plan.group_size;
+    const std::size_t unit_end = unit_begin + plan.unit_codes, group_end = group_begin + plan.group_size;
+    const std::size_t begin = unit_begin > group_begin ? unit_begin : group_begin;
+    const std::size_t end = unit_end < group_end ? unit_end : group_end;
+    std::memset(part, 0, plan.unit_codes * sizeof(float));
+    std::memcpy(part + (begin - unit_begin), x + begin, (end - begin) * sizeof(float));
+    write_digits(part, plan.unit_codes, digits, plan.unit_codes, in_order, scale, sum);
+    for (int d = 0; d < digits; ++d)
+      interleave(job.weights.coding, in_order + d * plan.unit_codes, 1, digits, to + d * kVector);
+    to += plan.unit_codes * digits;
+  }
+}
+
 inline void prepare(const Linear& job, int digits, std::size_t begin, std::size_t end, float* scratch) {
   const Plan& plan = job.plan;
   const std::size_t padded = plan.num_units * plan.unit_codes, cols = job.weights.cols;
@@ -99,7 +118,12 @@ inline void prepare(const Linear& job, int digits, std::size_t begin, std::size_
     float* scale = job.x_scale + token * blocks;
     float* sum = job.x_sum + token * blocks;
     std::int8_t in_order[kMostDigits * 512];
-    std::int8_t* to = job.x_digits + token * padded * digits;
+    std::int8_t* to = job.x_digits + token * plan.num_digit_units * plan.unit_codes * digits;
+    if (plan.kind == Blocks::segments) {
+      prepare_segments(job, digits, x, to, scale, sum);
+      for (std::size_t b = plan.num_blocks; b < blocks; ++b) scale[b] = sum[b] = 0;
+      continue;
+    }
     // A stretch of whole units and whole blocks at a time.
     const std::size_t stretch = plan.block_codes > plan.unit_codes ? plan.block_codes : plan.unit_codes;
     for (std::size_t start = 0; start < padded; start += stretch) {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from epic_quant.report.blocks import Block, Heading, Paragraph, Table, code
-from epic_quant.report.formatting import milliseconds, percent, quotient, significant, times
+from epic_quant.report.formatting import MISSING, milliseconds, percent, quotient, significant, times
 from epic_quant.results.run import Run
 
 REFERENCE = "torch bf16"
@@ -54,11 +54,11 @@ def _table(run: Run, weight: str, tokens: str) -> Table:
         columns += ["GB/s", "of read bandwidth"]
     rows = []
     for how in run.labels("kernels", "how", **labels):
-        records = run.select("kernels", how=how, **labels)
+        computed_by = run.select("kernels", how=how, **labels)[0].details.get("computed_by")
         seconds = run.value("kernels", "time_s", how=how, **labels)
         row = [
             code(how),
-            code(str(records[0].details.get("computed_by", how))),
+            MISSING if computed_by is None else code(str(computed_by)),
             significant(run.value("kernels", "output_rel_l2", how=how, **labels), 2),
             milliseconds(seconds),
             times(seconds, reference),
