@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from epic_quant import kernels
 from epic_quant.errors import KernelError
+from epic_quant.kernels import _NATIVE, REFERENCE, isa
 
 # The numbers of `enum class Element` and `enum class Rounding` in src/rows.h.
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -41,7 +41,7 @@ class Rule:
 
 def active() -> bool:
     """Whether this process computes with native kernels."""
-    return kernels.isa() != kernels.REFERENCE
+    return isa() != REFERENCE
 
 
 class Format(NamedTuple):
@@ -67,7 +67,7 @@ def quantize(weight: Tensor, format: Format, packed: Tensor, scale: Tensor) -> i
     if weight.shape[0] != packed.shape[0]:
         raise KernelError(f"{weight.shape[0]} rows do not fit into {packed.shape[0]}")
     bad: int = _native().quantize(
-        kernels.isa(),
+        isa(),
         *_known(format),
         *weight.shape,
         _ELEMENTS[weight.dtype],
@@ -85,7 +85,7 @@ def dequantize(packed: Tensor, scale: Tensor, cols: int, format: Format, dtype: 
     _check_stored(packed, scale, cols, format)
     decoded = torch.empty(packed.shape[0], cols, dtype=dtype if dtype in _ELEMENTS else torch.float32)
     _native().dequantize(
-        kernels.isa(),
+        isa(),
         *_known(format),
         *decoded.shape,
         _ELEMENTS[decoded.dtype],
@@ -108,7 +108,7 @@ def turn(x: Tensor, block: int, signs: Tensor, *, back: bool) -> Tensor:
     turned = torch.empty_like(x)
     addresses = x.data_ptr(), turned.data_ptr()
     threads = torch.get_num_threads()
-    _native().turn(kernels.isa(), block, signs.data_ptr(), back, x.numel() // cols, cols, *addresses, threads)
+    _native().turn(isa(), block, signs.data_ptr(), back, x.numel() // cols, cols, *addresses, threads)
     return turned
 
 
@@ -146,7 +146,7 @@ def _known(format: Format) -> tuple[Any, int, int, int]:
 
 
 def _native() -> Any:
-    return kernels._NATIVE
+    return _NATIVE
 
 
 @functools.cache

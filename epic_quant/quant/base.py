@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from epic_quant.errors import QuantizationError, SpecError
-from epic_quant.kernels import REFERENCE, PackedMatrix, has_kernels, quantizing
+from epic_quant.kernels import REFERENCE, PackedMatrix, has_kernels
+from epic_quant.kernels.quantizing import Format, active, dequantize, quantize
 from epic_quant.quant import gptq, hadamard
 from epic_quant.quant.scheme import SCALE_DTYPE, Scheme, stored_scale
 
@@ -71,7 +72,7 @@ class Quantizer:
         scale = torch.empty(rows, used._num_scales(cols), dtype=SCALE_DTYPE)
         native = used._native(cols)
         if native is not None and not self.gptq:
-            bad = quantizing.quantize(weight, native, packed, scale)
+            bad = quantize(weight, native, packed, scale)
             if bad is not None:
                 raise _not_finite(bad)
             return QuantizedTensor(packed, scale, cols, used)
@@ -85,13 +86,13 @@ class Quantizer:
             packed[chunk] = self.scheme.packing.pack(codes)
         return QuantizedTensor(packed, scale, cols, used)
 
-    def _native(self, cols: int) -> quantizing.Format | None:
+    def _native(self, cols: int) -> Format | None:
         """How kernels know what it stores of a row; None where the reference computes."""
-        if self.scheme.rule is None or not quantizing.active():
+        if self.scheme.rule is None or not active():
             return None
         block = self.hadamard_block
         signs = hadamard.signs(cols, block) if block else None
-        return quantizing.Format(self.scheme.rule, self._group_size(cols), block, signs)
+        return Format(self.scheme.rule, self._group_size(cols), block, signs)
 
     def _for_row(self, cols: int) -> Quantizer:
         """Itself with the Hadamard block that fits the row; raises QuantizationError where the group does not."""
@@ -124,7 +125,7 @@ class Quantizer:
         """The inverse: [rows, cols] fp32, still turned."""
         native = self._native(cols)
         if native is not None:
-            return quantizing.dequantize(packed, scale, cols, native._replace(block=0), torch.float32)
+            return dequantize(packed, scale, cols, native._replace(block=0), torch.float32)
         codes = self.scheme.packing.unpack(packed, cols).reshape(-1, self._group_size(cols))
         return self.scheme.decode(codes, scale.float().view(codes.shape[0], -1)).view(-1, cols)
 
@@ -169,7 +170,7 @@ class QuantizedTensor:
         """The matrix [rows, cols]; what `dtype` cannot hold saturates."""
         native = self.quantizer._native(self.cols)
         if native is not None:
-            return quantizing.dequantize(self.packed, self.scale, self.cols, native, dtype)
+            return dequantize(self.packed, self.scale, self.cols, native, dtype)
         limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
         decoded = torch.empty(self.shape, dtype=dtype)
         for chunk, values in self._decoded_chunks():

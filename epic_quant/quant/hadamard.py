@@ -14,7 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from epic_quant.kernels import quantizing
+from epic_quant.kernels.quantizing import active
+from epic_quant.kernels.quantizing import turn as native_turn
 
 # One choice for all weights, so that it needs no byte in any of them.
 _SIGN_SEED = 0x6EA4
@@ -29,14 +30,14 @@ def block_for(cols: int, block: int) -> int:
 def turn(x: Tensor, block: int) -> Tensor:
     """[..., cols] float to the same shape and dtype; keeps every norm and inner product."""
     if _is_native(x):
-        return quantizing.turn(x, block, signs(x.shape[-1], block), back=False)
+        return native_turn(x, block, signs(x.shape[-1], block), back=False)
     return _in_fp32(x, lambda x: _transform(x * signs(x.shape[-1], block).to(x.dtype), block))
 
 
 def turn_back(x: Tensor, block: int) -> Tensor:
     """The inverse of `turn`, which is its transpose."""
     if _is_native(x):
-        return quantizing.turn(x, block, signs(x.shape[-1], block), back=True)
+        return native_turn(x, block, signs(x.shape[-1], block), back=True)
     return _in_fp32(x, lambda x: _turn_back(x, signs(x.shape[-1], block).to(x.dtype), block))
 
 
@@ -63,7 +64,7 @@ def _transform(x: Tensor, block: int) -> Tensor:
 
 
 def _is_native(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.numel() > 0 and not x.requires_grad and quantizing.active()
+    return x.dtype == torch.float32 and x.numel() > 0 and not x.requires_grad and active()
 
 
 def _in_fp32(x: Tensor, turned: Callable[[Tensor], Tensor]) -> Tensor:

@@ -1,6 +1,7 @@
 """Native quantizing, decoding and turning, held against the torch reference bit for bit."""
 
 import math
+import os
 from contextlib import contextmanager
 from unittest import mock
 
@@ -42,8 +43,12 @@ ROWS = {
 
 @contextmanager
 def computing_with(isa):
-    with mock.patch.object(kernels, "isa", return_value=isa):
-        yield
+    with mock.patch.dict(os.environ, EPIC_QUANT_ISA=isa):
+        kernels.isa.cache_clear()
+        try:
+            yield
+        finally:
+            kernels.isa.cache_clear()
 
 
 def by_reference(compute):
