@@ -127,7 +127,9 @@ def measure(layer_type, tokens, block_inputs, reference, record, benchmark):
                 "output_rel_l2": error,
                 "nbytes": sum(weight.nbytes for weight in weights.values()),
             }
-            record("block", {"policy": name, "layer_type": layer_type, "tokens": str(tokens)}, metrics)
+            packed = [weight for weight in weights.values() if isinstance(weight, QuantizedTensor)]
+            details = {"computed_by": sorted({weight.computed_by() for weight in packed})}
+            record("block", {"policy": name, "layer_type": layer_type, "tokens": str(tokens)}, metrics, details)
             benchmark(call)
         return error
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from epic_quant.metrics import relative_l2
     from epic_quant.ple import PLERowCache
     from epic_quant.policy import Policy
-    from epic_quant.quant import QuantizedTensor, linear, quantizer
+    from epic_quant.quant import QuantizedTensor, quantizer
+    from epic_quant.quant.linear import linear
 
 __version__ = "0.1.0"
 

@@ -40,6 +40,10 @@ class ReportError(EpicQuantError):
     """A JSON file that is no run of ours, is of a newer schema, or holds nothing to report."""
 
 
+class KernelError(EpicQuantError):
+    """Buffers that a kernel cannot take, or an instruction set that this machine lacks."""
+
+
 class RecipeError(EpicQuantError):
     """A recipe that cannot be made: no sensitivities to make it of, or a budget below the smallest possible."""
 

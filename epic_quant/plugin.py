@@ -17,7 +17,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from epic_quant import __version__, kv, machine
+from epic_quant import __version__, kernels, kv, machine
 from epic_quant.calibration import Moments, gather, text_sha256
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import CheckpointError, EpicQuantError, TokenError
@@ -131,6 +131,7 @@ class Run:
 
     def __init__(self, config: pytest.Config) -> None:
         self.options = config.option
+        self.isa = kernels.isa()
         self.policies = {policy.name: policy for policy in map(Policy.parse, self.options.policy)}
         if not self.policies:
             self.policies = dict(NAMED)
@@ -318,6 +319,7 @@ class Run:
             "versions": {"epic_quant": __version__, "python": platform.python_version(), **_library_versions()},
             "cpu": machine.cpu_name(),
             "threads": torch.get_num_threads(),
+            "isa": self.isa,
             "platform": f"{platform.system()} {platform.machine()}",
             "read_bandwidth_gbs": machine.read_bandwidth() / 1e9,
             "seed": SEED,
@@ -478,13 +480,18 @@ def _arguments(config: pytest.Config) -> str:
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    """Name what is measured, where a run has been opened."""
+    """Name what computes with packed weights, and what is measured, where a run has been opened."""
+    try:
+        computes = f"kernels: {kernels.description()}"
+    except EpicQuantError as error:
+        pytest.exit(str(error), returncode=2)
     if not _runs_benchmarks(config):
-        return []
+        return [computes]
     run = _run_of(config)
     kind = "the small trained model of this repository" if run.is_default else run.checkpoint.source
     rows = run.sampled_rows
     return [
+        computes,
         f"checkpoint: {kind}, {run.nbytes / 1e6:,.1f} MB, {run.config.num_layers} layers",
         f"policies: {', '.join(run.policies)}",
         f"errors on: {'all rows' if rows is None else f'{rows} rows of each tensor (--rows)'}",

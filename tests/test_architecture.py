@@ -13,6 +13,7 @@ FLOORS = {
     "records": 0,
     "command_line": 1,
     "metrics": 1,
+    "kernels": 1,
     "machine": 1,
     "layers": 1,
     "results": 2,

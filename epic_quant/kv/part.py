@@ -131,8 +131,10 @@ class _Body:
     ) -> None:
         self.unit, self.most = block or 1, most
         self._shape, self._block = (num_heads, num_dims), block
-        self._quantizer = Quantizer(quantizer.scheme, quantizer.group_size)
-        self._turned = hadamard.block_for(num_dims, quantizer.hadamard_block)
+        turned = hadamard.block_for(num_dims, quantizer.hadamard_block)
+        # A row of dims is turned by the quantizer; where it is a channel's, the dims are turned here.
+        self._turned = 0 if block is None else turned
+        self._quantizer = Quantizer(quantizer.scheme, quantizer.group_size, 0 if self._turned else turned)
         self._cols = num_dims if block is None else block
         rows = num_heads if block is None else num_heads * num_dims
         packed, scales = _row_shape(self._quantizer, self._cols)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from epic_quant.kernels.quantizing import Rule
 from epic_quant.quant.bitpack import BitPacking
 from epic_quant.quant.scheme import Scheme, over_scale
 
@@ -23,9 +24,19 @@ class Absmax(Scheme):
     low: int
     high: int
 
+    _rounding = "whole"
+
     @property
     def num_levels(self) -> int:
         return self.high - self.low + 1
+
+    @property
+    def levels(self) -> range:
+        return range(self.low, self.high + 1)
+
+    @property
+    def rule(self) -> Rule:
+        return Rule(self.packing.coding, tuple(self.levels), self._rounding, divisor=self.divisor)
 
     def fit(self, groups: Tensor) -> Tensor:
         return groups.abs().amax(dim=1, keepdim=True) / self.divisor
@@ -43,6 +54,8 @@ class Absmax(Scheme):
 @dataclass(frozen=True)
 class AbsmaxTernary(Absmax):
     """s = max|w|; code = +1 above 0.33 s, -1 below -0.33 s, else 0."""
+
+    _rounding = "thirds"
 
     def _round(self, ratio: Tensor) -> Tensor:
         return (ratio > 0.33).float().sub_((ratio < -0.33).float())

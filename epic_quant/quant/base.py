@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from epic_quant.errors import QuantizationError, SpecError
+from epic_quant.kernels import REFERENCE, PackedMatrix, has_kernels
+from epic_quant.kernels.quantizing import Format, active, dequantize, quantize
 from epic_quant.quant import gptq, hadamard
 from epic_quant.quant.scheme import SCALE_DTYPE, Scheme, stored_scale
 
@@ -16,6 +19,9 @@ from epic_quant.quant.scheme import SCALE_DTYPE, Scheme, stored_scale
 # wants more rows at once.
 _CHUNK = 2**18
 _FEEDBACK_CHUNK = 2**23
+
+# Far beyond what has a scale in fp16: so that sums in a turn do not overflow.
+_MOST_TURNED = 2.0**100
 
 
 @dataclass(frozen=True)
@@ -64,15 +70,29 @@ class Quantizer:
         used = self._for_row(cols)
         packed = torch.empty(rows, self.scheme.packing.row_nbytes(cols), dtype=torch.uint8)
         scale = torch.empty(rows, used._num_scales(cols), dtype=SCALE_DTYPE)
+        native = used._native(cols)
+        if native is not None and not self.gptq:
+            bad = quantize(weight, native, packed, scale)
+            if bad is not None:
+                raise _not_finite(bad)
+            return QuantizedTensor(packed, scale, cols, used)
         factor = used._feedback_factor(moments, cols) if self.gptq else None
         for chunk in _row_chunks(rows, cols, _FEEDBACK_CHUNK if self.gptq else _CHUNK):
             values = weight[chunk].float().contiguous()
             _check_finite(values, chunk.start)
             if used.hadamard_block:
-                values = hadamard.turn(values, used.hadamard_block)
+                values = hadamard.turn(values.clamp(-_MOST_TURNED, _MOST_TURNED), used.hadamard_block)
             codes, scale[chunk] = used._encode(values, factor)
             packed[chunk] = self.scheme.packing.pack(codes)
         return QuantizedTensor(packed, scale, cols, used)
+
+    def _native(self, cols: int) -> Format | None:
+        """How kernels know what it stores of a row; None where the reference computes."""
+        if self.scheme.rule is None or not active():
+            return None
+        block = self.hadamard_block
+        signs = hadamard.signs(cols, block) if block else None
+        return Format(self.scheme.rule, self._group_size(cols), block, signs)
 
     def _for_row(self, cols: int) -> Quantizer:
         """Itself with the Hadamard block that fits the row; raises QuantizationError where the group does not."""
@@ -103,6 +123,9 @@ class Quantizer:
 
     def _decode(self, packed: Tensor, scale: Tensor, cols: int) -> Tensor:
         """The inverse: [rows, cols] fp32, still turned."""
+        native = self._native(cols)
+        if native is not None:
+            return dequantize(packed, scale, cols, native._replace(block=0), torch.float32)
         codes = self.scheme.packing.unpack(packed, cols).reshape(-1, self._group_size(cols))
         return self.scheme.decode(codes, scale.float().view(codes.shape[0], -1)).view(-1, cols)
 
@@ -145,6 +168,9 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix [rows, cols]; what `dtype` cannot hold saturates."""
+        native = self.quantizer._native(self.cols)
+        if native is not None:
+            return dequantize(self.packed, self.scale, self.cols, native, dtype)
         limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
         decoded = torch.empty(self.shape, dtype=dtype)
         for chunk, values in self._decoded_chunks():
@@ -153,13 +179,32 @@ class QuantizedTensor:
             decoded[chunk] = values.clamp_(-limit, limit)
         return decoded
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """`x` [..., cols] times the transposed matrix: [..., rows] in x's dtype. It turns x, never the matrix back."""
+    def matmul(self, x: Tensor, activations: str = "fp32") -> Tensor:
+        """`x` [..., cols] times the transposed matrix: [..., rows] in x's dtype. It turns x, never the matrix back.
+
+        From the packed bytes where there is a kernel, which `computed_by` tells; fp64, empty ones and gradients are
+        for the reference, which knows no int8 activations.
+        """
         if self.quantizer.hadamard_block:
             x = hadamard.turn(x, self.quantizer.hadamard_block)
+        kernel = self._kernel
+        if kernel is not None and x.numel() and x.dtype is not torch.float64 and not x.requires_grad:
+            return kernel.linear(x, activations)
         return torch.cat(
             [torch.nn.functional.linear(x, values.to(x.dtype)) for _, values in self._decoded_chunks()], -1
         )
+
+    def computed_by(self, activations: str = "fp32") -> str:
+        """What multiplies by it, and the form of activations that it then takes, such as `avx2, int8 activations`."""
+        return REFERENCE if self._kernel is None else f"{self._kernel.isa}, {activations} activations"
+
+    @cached_property
+    def _kernel(self) -> PackedMatrix | None:
+        scheme = self.quantizer.scheme
+        coding = scheme.packing.coding
+        if scheme.levels is None or not has_kernels(coding) or not self.shape[0]:
+            return None
+        return PackedMatrix(self.packed.contiguous(), self.scale.contiguous(), self.cols, coding, scheme.levels)
 
     def _decoded_chunks(self) -> Iterator[tuple[slice, Tensor]]:
         for chunk in _row_chunks(*self.shape, _CHUNK):
@@ -176,4 +221,8 @@ def _check_finite(values: Tensor, first_row: int) -> None:
     """Raises QuantizationError that names the first row with NaN or infinity."""
     bad = ~torch.linalg.vector_norm(values, ord=float("inf"), dim=1).isfinite()
     if bad.any():
-        raise QuantizationError(f"NaN or infinity in row {first_row + int(bad.nonzero()[0])}")
+        raise _not_finite(first_row + int(bad.nonzero()[0]))
+
+
+def _not_finite(row: int) -> QuantizationError:
+    return QuantizationError(f"NaN or infinity in row {row}")

@@ -16,6 +16,8 @@ _MAX = torch.finfo(torch.bfloat16).max
 class Bf16Packing:
     """Sixteen-bit codes, two bytes each in the machine's order."""
 
+    coding = "bf16"
+
     def row_nbytes(self, num_codes: int) -> int:
         return 2 * num_codes
 

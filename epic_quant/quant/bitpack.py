@@ -19,6 +19,11 @@ from torch import Tensor
 class Packing(Protocol):
     """How a row of codes is laid out in bytes."""
 
+    @property
+    def coding(self) -> str:
+        """The name by which kernels may know it."""
+        ...
+
     def row_nbytes(self, num_codes: int) -> int:
         """Bytes that a row of `num_codes` codes takes."""
         ...
@@ -37,6 +42,10 @@ class BitPacking:
     """Codes below 2^num_bits, 1 to 8 bits wide, with no bit between them."""
 
     num_bits: int
+
+    @property
+    def coding(self) -> str:
+        return f"bits{self.num_bits}"
 
     def row_nbytes(self, num_codes: int) -> int:
         return -(-num_codes * self.num_bits // 8)
@@ -80,6 +89,8 @@ class BitPacking:
 @dataclass(frozen=True)
 class TritPacking:
     """Codes 0, 1, 2, five a byte: 1.6 bits a code where log2 3 = 1.585 is the least possible."""
+
+    coding = "trits"
 
     def row_nbytes(self, num_codes: int) -> int:
         return -(-num_codes // 5)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from epic_quant.kernels.quantizing import Rule
 from epic_quant.quant.bitpack import BitPacking
 from epic_quant.quant.scheme import Scheme, least_squares_scale, over_scale
 
@@ -24,14 +25,29 @@ class Codebook(Scheme):
     def num_levels(self) -> int:
         return 1 << self.num_bits
 
+    @property
+    def levels(self) -> list[int]:
+        found: list[int] = self.table.tolist()
+        return found
+
+    @property
+    def rule(self) -> Rule:
+        return Rule(
+            self.packing.coding,
+            tuple(self.levels),
+            "entries",
+            gaussian_step=self._gaussian_step,
+            peak_level=127,
+        )
+
+    @property
+    def _gaussian_step(self) -> float:
+        return lloyd_max_levels(1 << self.num_bits)[-1] / 127
+
     def fit(self, groups: Tensor) -> Tensor:
         values = self.decode(_codes_by_half_steps(self.num_bits), torch.ones(()))
-        top_level = lloyd_max_levels(1 << self.num_bits)[-1]
         return least_squares_scale(
-            groups,
-            lambda ratio: _look_up(values, ratio),
-            gaussian_step=top_level / 127,
-            peak_level=127,
+            groups, lambda ratio: _look_up(values, ratio), gaussian_step=self._gaussian_step, peak_level=127
         )
 
     def encode(self, groups: Tensor, scale: Tensor) -> Tensor:

@@ -9,9 +9,13 @@ from __future__ import annotations
 import functools
 import math
 import random
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from epic_quant.kernels.quantizing import active
+from epic_quant.kernels.quantizing import turn as native_turn
 
 # One choice for all weights, so that it needs no byte in any of them.
 _SIGN_SEED = 0x6EA4
@@ -25,29 +29,44 @@ def block_for(cols: int, block: int) -> int:
 
 def turn(x: Tensor, block: int) -> Tensor:
     """[..., cols] float to the same shape and dtype; keeps every norm and inner product."""
-    return _transform(x * _signs(x.shape[-1]).to(x.dtype), block)
+    if _is_native(x):
+        return native_turn(x, block, signs(x.shape[-1], block), back=False)
+    return _in_fp32(x, lambda x: _transform(x * signs(x.shape[-1], block).to(x.dtype), block))
 
 
 def turn_back(x: Tensor, block: int) -> Tensor:
     """The inverse of `turn`, which is its transpose."""
-    return _transform(x, block) * _signs(x.shape[-1]).to(x.dtype)
-
-
-def _transform(x: Tensor, block: int) -> Tensor:
-    return (x.reshape(-1, block) @ _matrix(block).to(x.dtype)).view(x.shape)
-
-
-@functools.cache
-def _matrix(block: int) -> Tensor:
-    """Sylvester's Hadamard matrix [block, block] over √block: symmetric, and its own inverse."""
-    matrix = torch.ones(1, 1)
-    while matrix.shape[0] < block:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix / math.sqrt(block)
+    if _is_native(x):
+        return native_turn(x, block, signs(x.shape[-1], block), back=True)
+    return _in_fp32(x, lambda x: _turn_back(x, signs(x.shape[-1], block).to(x.dtype), block))
 
 
 @functools.lru_cache(maxsize=64)
-def _signs(cols: int) -> Tensor:
-    """[cols] of ±1. Python's generator, since its bits are the same in every version."""
+def signs(cols: int, block: int) -> Tensor:
+    """[cols] of ±1 / √block, fp32. Python's generator, since its bits are the same in every version."""
     bits = random.Random(_SIGN_SEED).getrandbits(cols)
-    return torch.tensor([1.0 if bits >> column & 1 else -1.0 for column in range(cols)])
+    ones = torch.tensor([1.0 if bits >> column & 1 else -1.0 for column in range(cols)])
+    return ones / math.sqrt(block)
+
+
+def _turn_back(x: Tensor, signs: Tensor, block: int) -> Tensor:
+    return _transform(x * signs[0].abs(), block) * signs.sign()
+
+
+def _transform(x: Tensor, block: int) -> Tensor:
+    """The product with Sylvester's matrix of ones in every block: sums and differences of numbers 1, 2, 4 … apart."""
+    apart = 1
+    while apart < block:
+        first, second = x.reshape(-1, 2, apart).unbind(1)
+        x = torch.stack([first + second, first - second], dim=1).view(x.shape)
+        apart *= 2
+    return x
+
+
+def _is_native(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.numel() > 0 and not x.requires_grad and active()
+
+
+def _in_fp32(x: Tensor, turned: Callable[[Tensor], Tensor]) -> Tensor:
+    """A half's own sums would lose what the turn is to keep."""
+    return turned(x) if x.dtype.itemsize > 2 else turned(x.float()).to(x.dtype)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from epic_quant.kernels.quantizing import Rule
 from epic_quant.quant.bitpack import BitPacking
 from epic_quant.quant.scheme import Scheme, least_squares_scale, over_scale
 
@@ -25,6 +26,20 @@ class Integer(Scheme):
     @property
     def num_levels(self) -> int:
         return 1 << self.num_bits
+
+    @property
+    def levels(self) -> range:
+        return range(-self._half, self._half)
+
+    @property
+    def rule(self) -> Rule:
+        return Rule(
+            self.packing.coding,
+            tuple(self.levels),
+            gaussian_step=self.gaussian_step,
+            peak_level=self._half,
+            either_sign=True,
+        )
 
     def fit(self, groups: Tensor) -> Tensor:
         sign = torch.where(groups.amax(dim=1, keepdim=True) > -groups.amin(dim=1, keepdim=True), -1.0, 1.0)

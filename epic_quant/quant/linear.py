@@ -10,13 +10,14 @@ from epic_quant.quant.base import QuantizedTensor
 
 Weight = Tensor | QuantizedTensor
 
-_ACTIVATIONS = ("fp32",)
+_ACTIVATIONS = ("fp32", "int8")
 
 
 def linear(x: Tensor, weight: Weight, activations: str = "fp32") -> Tensor:
     """`x` [..., cols] times weight [rows, cols] transposed: [..., rows], in the dtype of x.
 
-    `activations` says in what form the products are taken; "fp32" decodes the weight to the dtype of x.
+    `activations` says in what form a packed weight meets x: "fp32", or "int8", rounded to 8 bits with a scale for every
+    block of a row, where there is a kernel for that (`QuantizedTensor.computed_by`).
     Raises SpecError for other activations and QuantizationError for inner dims that differ.
     """
     if activations not in _ACTIVATIONS:
@@ -25,4 +26,4 @@ def linear(x: Tensor, weight: Weight, activations: str = "fp32") -> Tensor:
         raise QuantizationError(f"x has rows of {x.shape[-1]}, but the weight has rows of {weight.shape[1]}")
     if isinstance(weight, Tensor):
         return functional.linear(x, weight.to(x.dtype))
-    return weight.matmul(x)
+    return weight.matmul(x, activations)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from epic_quant.kernels.quantizing import Rule
 from epic_quant.quant.bitpack import Packing
 
 SCALE_DTYPE = torch.float16
@@ -33,6 +34,16 @@ class Scheme(ABC):
     @abstractmethod
     def num_levels(self) -> int:
         """Values that a weight can take at a given scale, however many bits a code is stored in."""
+
+    @property
+    def levels(self) -> Sequence[int] | None:
+        """What the codes from 0 on stand for in units of the scale, where all are whole numbers in [-128, 127]."""
+        return None
+
+    @property
+    def rule(self) -> Rule | None:
+        """What kernels must know to quantize and decode as this does; None where none do."""
+        return None
 
     @abstractmethod
     def fit(self, groups: Tensor) -> Tensor:
@@ -62,33 +73,57 @@ def least_squares_scale(
 ) -> Tensor:
     """The scale s that makes ‖w - s q‖ small, q being the nearest levels to w / s: [n, size] fp32 to [n, 1] fp32.
 
-    `nearest` maps w / s to level values, in place if it likes. Four scales are tried, from somewhat below the one that
-    is best for a long Gaussian group (`gaussian_step`, for a standard deviation of 1) to somewhat above the one that
-    puts the largest weight on `peak_level`; a fifth where the parabola through the best three has its top; and that
-    peak scale itself, which finds weights that lie on such a grid already. Each chooses levels, for which the best
-    scale is <w, q> / <q, q>. The result is exactly representable in fp16.
-    """
-    # Beyond this a scale saturates anyway, and squares must not overflow.
-    groups = groups.clamp(-(2.0**30), 2.0**30)
-    peak = torch.linalg.vector_norm(groups, ord=math.inf, dim=1, keepdim=True) / peak_level
-    gaussian = torch.linalg.vector_norm(groups, dim=1, keepdim=True) * (gaussian_step / math.sqrt(groups.shape[1]))
-    low, high = torch.minimum(gaussian, peak) * 0.9, peak * 1.1
+    `nearest` maps w / s to level values, whole numbers of at most 7 bits, in place if it likes. Five scales are tried,
+    from somewhat below the one that is best for a long Gaussian group (`gaussian_step`, for a standard deviation of 1)
+    to somewhat above the one that puts the largest weight on `peak_level`; that peak scale itself,
+    which finds weights that lie on such a grid already; and a seventh where the parabola through the best three of the
+    five has its top. Each chooses levels, for which the best scale is <w, q> / <q, q>. The result is exactly
+    representable in fp16.
 
-    tried = [_refit(groups, low ** (1 - step / 3) * high ** (step / 3), nearest) for step in range(4)]
+    It is the same to the bit on every machine: weights are taken as whole numbers of 24 bits, the largest magnitude's
+    first place being the first, so that all sums are exact in fp64 in any order; the rest is arithmetic that IEEE 754
+    defines to the last bit.
+    """
+    # Beyond this a scale saturates anyway.
+    groups = groups.clamp(-(2.0**30), 2.0**30)
+    places = (groups.abs().amax(dim=1, keepdim=True).view(torch.int32) >> 23) - 126
+    exponent = 24 - places.clamp(min=-100)
+    whole = (groups * _power_of_two(exponent)).round_()
+    to_peak = peak_level / whole.abs().amax(dim=1, keepdim=True).double().clamp(min=1)
+    # Squares of 16 bits, whose sums are exact too.
+    squares = (whole / 256).round_().double().square().sum(dim=1, keepdim=True).clamp(min=1)
+    to_gaussian = 1 / ((squares / groups.shape[1]).sqrt() * (256 * gaussian_step))
+    coarsest, finest = to_peak / 1.1, torch.maximum(to_gaussian, to_peak) / 0.9
+    ratio = (finest / coarsest).sqrt().sqrt()
+
+    inverses = [coarsest]
+    while len(inverses) < 5:
+        inverses.append(inverses[-1] * ratio)
+    tried = [_refit(whole, inverse, nearest) for inverse in inverses]
     gains = torch.cat([gain for _, gain in tried], dim=1)
-    middle = gains.argmax(dim=1, keepdim=True).clamp_(1, 2)
-    before, here, after = (gains.gather(1, middle + offset) for offset in (-1, 0, 1))
-    top = (middle + (before - after) / (2 * (before - 2 * here + after))).nan_to_num_(0).clamp_(0, 3) / 3
-    tried += [_refit(groups, low ** (1 - top) * high**top, nearest), _refit(groups, peak, nearest)]
+    middle = gains.argmax(dim=1, keepdim=True).clamp_(1, 3)
+    before, here, after = (gains.gather(1, middle + step) for step in (-1, 0, 1))
+    below, at, over = (torch.cat(inverses, dim=1).gather(1, middle + step) for step in (-1, 0, 1))
+    curvature = before - 2 * here + after
+    offset = ((before - after) / (2 * curvature)).clamp(-1, 1).masked_fill(curvature == 0, 0)
+    # The parabola through the three inverses, so that it is as geometric as they are.
+    top = at + offset * ((over - below) / 2 + offset * ((over + below) / 2 - at))
+    tried += [_refit(whole, to_peak, nearest), _refit(whole, top.clamp(below, over), nearest)]
 
     scales, gains = (torch.cat(parts, dim=1) for parts in zip(*tried, strict=True))
-    return stored_scale(scales.gather(1, gains.argmax(dim=1, keepdim=True))).float()
+    best = scales.gather(1, gains.argmax(dim=1, keepdim=True)) * _power_of_two(-exponent).double()
+    return stored_scale(best.float()).float()
 
 
-def _refit(groups: Tensor, scale: Tensor, nearest: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """The least-squares scale for the levels that `scale` chooses, and the part of ‖w‖² that it explains."""
-    levels = nearest(over_scale(groups, scale))
-    norm = torch.linalg.vector_norm(levels, dim=1, keepdim=True).square()
-    product = torch.linalg.vecdot(groups, levels).unsqueeze(1)
-    refit = over_scale(product, norm)
-    return refit, product * refit
+def _refit(whole: Tensor, inverse: Tensor, nearest: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """The least-squares scale for the levels that 1 / `inverse` chooses, and the part of ‖w‖² that it explains."""
+    levels = nearest(whole * inverse.float()).double()
+    norm = levels.square().sum(dim=1, keepdim=True)
+    product = (whole * levels).sum(dim=1, keepdim=True)
+    scale = over_scale(product, norm)
+    return scale, product * scale
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent, exactly: int32 in [-126, 127] to fp32."""
+    return ((exponent + 127) << 23).view(torch.float32)

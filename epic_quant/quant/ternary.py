@@ -7,8 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from epic_quant.kernels.quantizing import Rule
 from epic_quant.quant.bitpack import TritPacking
 from epic_quant.quant.scheme import Scheme, least_squares_scale, over_scale
+
+# The outer level of Max's (1960) three-level quantizer for a unit Gaussian.
+_GAUSSIAN_STEP = 1.2240
 
 
 @dataclass(frozen=True)
@@ -19,9 +23,16 @@ class Ternary(Scheme):
     def num_levels(self) -> int:
         return 3
 
+    @property
+    def levels(self) -> range:
+        return range(-1, 2)
+
+    @property
+    def rule(self) -> Rule:
+        return Rule(self.packing.coding, tuple(self.levels), gaussian_step=_GAUSSIAN_STEP, peak_level=1)
+
     def fit(self, groups: Tensor) -> Tensor:
-        # 1.2240 is the outer level of Max's (1960) three-level quantizer for a unit Gaussian.
-        return least_squares_scale(groups, _round, gaussian_step=1.2240, peak_level=1)
+        return least_squares_scale(groups, _round, gaussian_step=_GAUSSIAN_STEP, peak_level=1)
 
     def encode(self, groups: Tensor, scale: Tensor) -> Tensor:
         return _round(over_scale(groups, scale)).add_(1).to(torch.uint8)

@@ -77,6 +77,18 @@ def _block():
                 yield _entry(Record("block", labels, metrics), median * scale)
 
 
+def _kernels():
+    for tokens, scale in (("1", 1), ("16", 4)):
+        for how, error, median, nbytes in (
+            ("torch bf16", 0.002, 0.002, 40_000_000),
+            ("int4 int8", 0.007, 0.0004, 4_000_000),
+        ):
+            labels = {"weight": "up [10240, 2560]", "tokens": tokens, "how": how}
+            metrics = {"output_rel_l2": error, "nbytes": nbytes, "bytes_read": nbytes}
+            details = {"computed_by": "avx2, int8 activations" if how == "int4 int8" else how}
+            yield _entry(Record("kernels", labels, metrics, details), median * scale)
+
+
 def _ple_hits():
     for residency, rates in (
         ("static, lowest ids", [0.1, 0.2, 0.3]),
@@ -193,6 +205,7 @@ SUBJECTS = {
     "ladder": _ladder,
     "synthetic": _synthetic,
     "block": _block,
+    "kernels": _kernels,
     "quality": _quality,
     "sensitivity": _sensitivity,
     "ple_hits": _ple_hits,

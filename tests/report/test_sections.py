@@ -54,7 +54,7 @@ def change_records(data, subject, change):
 
 def test_sections_come_in_order(run_json, report):
     titles = [block.text for block in report(run_json()) if isinstance(block, Heading) and block.level == 2]
-    sections = ["Footprint", "Weights", "Ladder", "Synthetic weights", "Blocks"]
+    sections = ["Footprint", "Weights", "Ladder", "Synthetic weights", "Blocks", "Kernels"]
     sections += ["PLE row cache: hits", "PLE row cache: speed", "PLE below eight bits"]
     sections += ["KV cache: errors", "KV cache: divergence", "KV cache: bytes"]
     sections += ["Quality", "Sensitivity", "Recipes"]
@@ -246,6 +246,22 @@ def test_block_tables_are_in_the_order_of_tokens_and_policies(run_json, report):
     titles = [block.text for block in blocks if isinstance(block, Heading)]
     assert titles[:2] == ["sliding_attention, 1 token", "sliding_attention, 16 tokens"]
     assert list(table(blocks, titles[0])) == ["bf16", "original-1.58", "int4-g128", "fp32"]
+
+
+def test_products_with_packed_weights_have_ratios_to_bf16_and_to_the_machine(run_json, report):
+    blocks = report(run_json("kernels"))
+    assert table(blocks, "up [10240, 2560], 1 token")["int4 int8"] == {
+        "stored as, activations": "`int4 int8`",
+        "computed by": "`avx2, int8 activations`",
+        "error": "0.0070",
+        "ms": "0.400",
+        "of torch bf16": "0.200×",
+        "GB/s": "10.0",
+        "of read bandwidth": "50%",
+    }
+    assert "GB/s" not in table(blocks, "up [10240, 2560], 16 tokens")["int4 int8"]
+    said = "One token by `up [10240, 2560]`: fastest is `int4 int8`, 5.00 times as fast as `torch bf16`."
+    assert said in findings(blocks)
 
 
 def test_tokens_that_are_no_number_are_told(run_json, report):

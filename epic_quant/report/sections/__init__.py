@@ -10,6 +10,7 @@ from epic_quant.report.blocks import Block, Findings, Heading, Paragraph, code
 from epic_quant.report.sections import (
     block,
     footprint,
+    kernels,
     kv,
     ladder,
     ple,
@@ -79,6 +80,14 @@ SECTIONS = (
         "benchmarks/test_block.py",
         block.blocks,
         block.findings,
+    ),
+    Section(
+        "Kernels",
+        "kernels",
+        ("weight", "tokens", "how"),
+        "benchmarks/test_kernels.py",
+        kernels.blocks,
+        kernels.findings,
     ),
     Section(
         "PLE row cache: hits",

@@ -56,6 +56,7 @@ def blocks(run: Run) -> list[Block]:
         "tokens that the KV cache holds": _text(facts.get("context")),
         "processor": _text(facts.get("cpu")),
         "threads": _text(facts.get("threads")),
+        "kernels for packed weights": _text(facts.get("isa")),
         "read bandwidth": _with_unit(significant(facts.get("read_bandwidth_gbs")), "GB/s"),
         "platform": _text(facts.get("platform")),
         "seed": _text(facts.get("seed")),

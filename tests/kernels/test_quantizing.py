@@ -1,0 +1,170 @@
+"""Native quantizing, decoding and turning, held against the torch reference bit for bit."""
+
+import math
+import os
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from epic_quant import kernels
+from epic_quant.errors import KernelError, QuantizationError
+from epic_quant.kernels import quantizing
+from epic_quant.quant import SCHEMES, QuantizedTensor, hadamard, quantizer
+
+NAMES = sorted(name for name, scheme in SCHEMES.items() if scheme.rule is not None)
+ISAS = kernels.isas()[:-1] or [kernels.REFERENCE]
+SUFFIXES = ["", "-g1", "-g4", "-g16", "-g128", "+had1", "+had2", "+had4", "+had16", "-g32+had256", "-g4+had1024"]
+COLS = [1, 2, 3, 5, 7, 8, 9, 15, 16, 31, 40, 127, 128, 160, 256, 640, 1024, 2561]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+# What a row may be made of, from standard normal values.
+ROWS = {
+    "Gaussian": lambda x: x,
+    "heavy tails": lambda x: x**7,
+    "an outlier": lambda x: torch.where(torch.arange(len(x)) == len(x) // 2, 3000.0, x),
+    "zeros": torch.zeros_like,
+    "minus zeros": lambda x: -torch.zeros_like(x),
+    "a constant": lambda x: torch.full_like(x, -0.25),
+    "a grid": lambda x: (3 * x).round() / 4,
+    "halves, where roundings tie": lambda x: (3 * x).round() + 0.5,
+    "one sign": torch.Tensor.abs,
+    "all but one zero": lambda x: torch.where(torch.arange(len(x)) == 0, x, 0.0),
+    "scales below fp16": lambda x: x * 1e-9,
+    "subnormal scales": lambda x: x * 1e-6,
+    "denormals": lambda x: x * 1e-39,
+    "scales beyond fp16": lambda x: x * 1e7,
+    "numbers near the largest": lambda x: x / x.abs().max() * 3.38e38,
+}
+
+
+@contextmanager
+def computing_with(isa):
+    with mock.patch.dict(os.environ, EPIC_QUANT_ISA=isa):
+        kernels.isa.cache_clear()
+        try:
+            yield
+        finally:
+            kernels.isa.cache_clear()
+
+
+def by_reference(compute):
+    with computing_with(kernels.REFERENCE):
+        return compute()
+
+
+def same_bits(a, b):
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def assert_same(weight, spec, isa):
+    expected = by_reference(lambda: quantizer(spec).quantize(weight))
+    with computing_with(isa):
+        found = quantizer(spec).quantize(weight)
+        assert same_bits(found.scale, expected.scale)
+        assert same_bits(found.packed, expected.packed)
+        for dtype in DTYPES:
+            decoded = found.dequantize(dtype)
+            assert torch.equal(decoded, by_reference(lambda dtype=dtype: expected.dequantize(dtype)))
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    isa=st.sampled_from(ISAS),
+    name=st.sampled_from(NAMES),
+    suffix=st.sampled_from(SUFFIXES),
+    cols=st.sampled_from(COLS),
+    kinds=st.lists(st.sampled_from(list(ROWS)), min_size=1, max_size=5),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 999),
+)
+def test_codes_scales_and_decoded_weights_are_the_references(isa, name, suffix, cols, kinds, dtype, seed):
+    if not quantizer(name + suffix).fits(cols):
+        return
+    values = torch.randn(len(kinds), cols, generator=torch.Generator().manual_seed(seed))
+    weight = torch.stack([ROWS[kind](row) for kind, row in zip(kinds, values, strict=True)])
+    most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    weight = weight.clamp(-most, most).to(dtype)
+    assert_same(weight, name + suffix, isa)
+
+
+@pytest.mark.parametrize("spec", ["absmax4", "absmax-ternary", "int4-g128", "int7", "ternary", "codebook3+had256"])
+def test_rows_shared_among_threads_are_all_there(spec, isa):
+    assert_same(torch.randn(1001, 640, generator=torch.Generator().manual_seed(0)).bfloat16(), spec, isa)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    isa=st.sampled_from(ISAS), seed=st.integers(0, 999), name=st.sampled_from(NAMES), kind=st.sampled_from(list(ROWS))
+)
+def test_a_scale_does_not_depend_on_the_order_of_its_weights(isa, name, kind, seed):
+    rng = torch.Generator().manual_seed(seed)
+    row = ROWS[kind](torch.randn(640, generator=rng)).unsqueeze(0)
+    shuffled = row[:, torch.randperm(640, generator=rng)]
+    for computing in (isa, kernels.REFERENCE):
+        with computing_with(computing):
+            assert same_bits(quantizer(name).quantize(row).scale, quantizer(name).quantize(shuffled).scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("spec", ["absmax4", "int4", "ternary+had64", "codebook2"])
+def test_the_first_row_that_is_not_finite_is_named(spec, bad, dtype, isa):
+    weight = torch.randn(2000, 67, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for row, col in ((1999, 0), (1700, 66), (1701, 3)):
+        weight[row, col] = bad
+    with computing_with(isa), pytest.raises(QuantizationError, match=r"NaN or infinity in row 1700$"):
+        quantizer(spec).quantize(weight)
+
+
+@pytest.mark.parametrize("block", [1, 2, 4, 8, 64, 4096])
+@pytest.mark.parametrize("times", [1, 3])
+def test_turns_are_the_references(block, times, isa):
+    x = torch.randn(2, 3, block * times, generator=torch.Generator().manual_seed(block))
+    for turn in (hadamard.turn, hadamard.turn_back):
+        expected = by_reference(lambda turn=turn: turn(x, block))
+        with computing_with(isa):
+            assert torch.equal(turn(x, block), expected)
+            assert torch.equal(turn(x.mT.contiguous().mT, block), expected)
+
+
+def test_a_gradient_goes_through_the_turn(isa):
+    x = torch.randn(3, 16, requires_grad=True)
+    with computing_with(isa):
+        hadamard.turn(x, 16).square().sum().backward()
+    torch.testing.assert_close(x.grad, 2 * x.detach())
+
+
+def test_buffers_at_odd_addresses_are_read(isa):
+    weight = torch.randn(3, 40)
+    odd = torch.empty(weight.nbytes + 1, dtype=torch.uint8)
+    odd[1:] = weight.view(torch.uint8).flatten()
+    moved = torch.frombuffer(odd.numpy(), dtype=torch.float32, count=120, offset=1).view(3, 40)
+    with computing_with(isa):
+        assert torch.equal(quantizer("int4").quantize(moved).packed, quantizer("int4").quantize(weight).packed)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"packed": torch.zeros(3, 19, dtype=torch.uint8)}, r"packed is torch.uint8 \[3, 19\], expected .* \[3, 20\]"),
+        ({"packed": torch.zeros(3, 20, dtype=torch.int8)}, "packed is torch.int8"),
+        ({"scale": torch.zeros(2, 1, dtype=torch.float16)}, r"scale is torch.float16 \[2, 1\], expected .* \[3, 1\]"),
+        ({"scale": torch.zeros(3, 1)}, "scale is torch.float32"),
+        ({"cols": 0}, "a group of 0 does not divide rows of 0"),
+    ],
+)
+def test_buffers_that_do_not_fit_are_told(change, message, isa):
+    stored = quantizer("int4").quantize(torch.ones(3, 40))
+    parts = {"packed": stored.packed, "scale": stored.scale, "cols": 40, "quantizer": stored.quantizer} | change
+    with computing_with(isa), pytest.raises(KernelError, match=message):
+        QuantizedTensor(**parts).dequantize()
+
+
+@pytest.mark.parametrize(("block", "signs"), [(3, 12), (16, 24), (4, 11), (0, 12)])
+def test_turns_that_do_not_fit_are_told(block, signs, isa):
+    with computing_with(isa), pytest.raises(KernelError, match="rows of"):
+        quantizing.turn(torch.ones(2, 24 if block == 16 else 12), block, torch.ones(signs), back=False)
