@@ -78,8 +78,8 @@ def test_no_modules_import_each_other_in_a_circle():
 
 
 def test_only_the_plugin_imports_pytest():
-    users = {dotted(path) for path in MODULES if any(name.split(".")[0] == "pytest" for name in imported(path))}
-    assert users == {"epic_quant.plugin"}
+    users = {room(dotted(path)) for path in MODULES if any(name.split(".")[0] == "pytest" for name in imported(path))}
+    assert users == {"plugin"}
 
 
 def test_the_report_and_the_recipe_stand_on_errors_records_and_results_alone():

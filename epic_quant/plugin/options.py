@@ -1,0 +1,86 @@
+"""The command line of the benchmarks."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise ValueError
+    return value
+
+
+def _nbytes(text: str) -> int:
+    """`6GB`, `800 MB`, `1.5e9`: bytes, in the powers of ten that reports print."""
+    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?) ?([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    if found is None or not (value := int(float(found[1]) * _UNITS[found[2].upper()])):
+        raise ValueError
+    return value
+
+
+def _rows(text: str) -> int | str:
+    return text if text == "all" else _positive(text)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The command line of the benchmarks."""
+    group = parser.getgroup("epic_quant", "what is measured")
+    group.addoption("--checkpoint", metavar="SOURCE", help="file, folder or hub id (default: the small trained model)")
+    group.addoption("--config", metavar="FILE", help="config.json, where it is not beside the checkpoint")
+    group.addoption("--tokenizer", metavar="FILE", help="tokenizer.json, where it is not beside the checkpoint")
+    group.addoption("--download", action="store_true", help="download a hub id that is not in the local cache")
+    group.addoption(
+        "--policy",
+        action="append",
+        default=[],
+        metavar="NAME_OR_STRING",
+        help="measure this policy (repeatable; default: all named ones), such as int4-g128 or mlp=int4,ple=lru:5000",
+    )
+    group.addoption("--context", type=_positive, default=8192, metavar="TOKENS", help="length that the KV cache holds")
+    group.addoption(
+        "--kv-policy",
+        action="append",
+        default=[],
+        metavar="NAME_OR_STRING",
+        help="measure this KV policy (repeatable; default: all named ones), such as int4+had or k=int4@64/v=int4",
+    )
+    group.addoption(
+        "--kv-context", type=_positive, default=4096, metavar="TOKENS", help="longest text that goes into a KV cache"
+    )
+    group.addoption("--rows", type=_rows, metavar="N|all", help="rows of each tensor whose error is taken")
+    group.addoption("--text", type=Path, metavar="FILE", help="evaluation text (default: the small model's eval.txt)")
+    group.addoption(
+        "--calibration-text", type=Path, metavar="FILE", help="text that +gptq is fitted to, never judged on"
+    )
+    group.addoption("--moments", type=Path, metavar="FILE", help="moments that python -m epic_quant.calibration made")
+    group.addoption(
+        "--windows",
+        type=_positive,
+        metavar="N",
+        help="windows of each text that quality is judged on (default: 3; 1 on a checkpoint over 1 GB)",
+    )
+    group.addoption(
+        "--window-tokens",
+        type=_positive,
+        metavar="N",
+        help="tokens of each window, BOS included (default: four times what a sliding layer sees)",
+    )
+    group.addoption("--by-layer", action="store_true", help="sensitivities of every layer alone too, on any checkpoint")
+    group.addoption(
+        "--memory",
+        type=_nbytes,
+        metavar="SIZE",
+        help="RAM for evaluating quality, as 6GB (default: half of what is free)",
+    )
+    group.addoption(
+        "--resume", type=Path, metavar="FOLDER", help="keep the state of long evaluations there, and go on from it"
+    )
+    group.addoption("--ple-trace", type=Path, metavar="FILE", help="text or .npy ids to judge the PLE row cache by")
+    group.addoption("--plan", action="store_true", help="say what would be measured and how long it takes, and stop")
