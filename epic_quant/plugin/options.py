@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+from epic_quant.units import parse_nbytes
 
 
 def _positive(text: str) -> int:
@@ -18,9 +17,9 @@ def _positive(text: str) -> int:
 
 
 def _nbytes(text: str) -> int:
-    """`6GB`, `800 MB`, `1.5e9`: bytes, in the powers of ten that reports print."""
-    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?) ?([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    if found is None or not (value := int(float(found[1]) * _UNITS[found[2].upper()])):
+    """A size as people write it, of at least one byte."""
+    value = parse_nbytes(text)
+    if not value:
         raise ValueError
     return value
 
