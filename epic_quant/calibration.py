@@ -6,12 +6,10 @@ error that a quantized weight makes on it.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from epic_quant import __version__
+from epic_quant import command_line
 from epic_quant.checkpoint import Checkpoint
-from epic_quant.errors import CheckpointError, EpicQuantError
+from epic_quant.errors import CheckpointError
 from epic_quant.gemma4.block import plain_linear
 from epic_quant.gemma4.config import TextConfig
 from epic_quant.gemma4.model import begin
@@ -36,13 +34,6 @@ _SHARED_INPUTS = {
     "mlp.up_proj": "mlp.gate_proj",
 }
 _MODEL_PROJECTION = "per_layer_model_projection.weight"
-
-
-_EXAMPLES = """examples:
-  python -m epic_quant.calibration path/to/gemma-4-E4B --text calibration.txt --out moments.safetensors
-  pytest benchmarks --checkpoint path/to/gemma-4-E4B --moments moments.safetensors --benchmark-json out.json
-
-exit status: 0, or 2 where the checkpoint or the text cannot be read."""
 
 
 class Moments(Mapping[str, Tensor]):
@@ -176,13 +167,18 @@ def _outer(x: Tensor) -> Tensor:
     return flat.T @ flat
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command_line.reports_errors
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m epic_quant.calibration",
-        description="Gather the second moments of every linear layer's inputs, for specs with +gptq.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_line.parser(
+        "calibration",
+        "Gather the second moments of every linear layer's inputs, for specs with +gptq.",
+        [
+            "python -m epic_quant.calibration path/to/gemma-4-E4B --text calibration.txt --out moments.safetensors",
+            "pytest benchmarks --checkpoint path/to/gemma-4-E4B --moments moments.safetensors --benchmark-json "
+            "out.json",
+        ],
+        "0; 2 where the checkpoint or the text cannot be read, or the moments not be written.",
     )
     parser.add_argument("source", help="a .safetensors file, a folder, or a hub id in the local cache")
     parser.add_argument(
@@ -193,21 +189,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--window-tokens", type=int, default=512, metavar="N", help="tokens of each (512)")
     parser.add_argument("--config", metavar="FILE", help="config.json, where it is not beside the checkpoint")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json, where it is not beside the checkpoint")
-    parser.add_argument("--version", action="version", version=f"epic_quant {__version__}")
     options = parser.parse_args(arguments)
-    try:
-        with Checkpoint.open(options.source, config=options.config, tokenizer=options.tokenizer) as checkpoint:
-            windows = token_windows(checkpoint, options.text, options.windows, options.window_tokens)
-            sizes = _stored_sizes(CheckpointWeights(checkpoint))
-            nbytes = 4 * sum(cols * cols for cols in sizes.values())
-            layers = TextConfig.read(checkpoint).num_layers
-            print(f"{windows.numel():,} tokens through {layers} layers; {options.out} takes {nbytes / 1e9:,.2f} GB")
-            gather(checkpoint, options.text, windows, options.out, progress=True)
-    except EpicQuantError as error:
-        print(f"epic_quant: {error}", file=sys.stderr)
-        return 2
+    with Checkpoint.open(options.source, config=options.config, tokenizer=options.tokenizer) as checkpoint:
+        windows = token_windows(checkpoint, options.text, options.windows, options.window_tokens)
+        sizes = _stored_sizes(CheckpointWeights(checkpoint))
+        nbytes = 4 * sum(cols * cols for cols in sizes.values())
+        layers = TextConfig.read(checkpoint).num_layers
+        print(f"{windows.numel():,} tokens through {layers} layers; {options.out} takes {nbytes / 1e9:,.2f} GB")
+        gather(checkpoint, options.text, windows, options.out, progress=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.leave(main)

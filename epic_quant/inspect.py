@@ -2,51 +2,51 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from epic_quant import __version__
-from epic_quant.checkpoint import Checkpoint
-from epic_quant.errors import EpicQuantError
-from epic_quant.gemma4.config import TextConfig
-from epic_quant.gemma4.tensors import TextTensor, expected_tensors, text_tensors
+from epic_quant import command_line
 
-_EXAMPLES = """examples:
-  python -m epic_quant.inspect benchmarks/mini_gemma4
-  python -m epic_quant.inspect model.safetensors --config config.json --tensors
-
-exit status: 0, or 2 where the checkpoint cannot be read."""
+if TYPE_CHECKING:
+    from epic_quant.checkpoint import Checkpoint
+    from epic_quant.gemma4.config import TextConfig
+    from epic_quant.gemma4.tensors import TextTensor
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command_line.reports_errors
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m epic_quant.inspect",
-        description="Print what a Gemma 4 checkpoint holds.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_line.parser(
+        "inspect",
+        "Print what a Gemma 4 checkpoint holds.",
+        [
+            "python -m epic_quant.inspect benchmarks/mini_gemma4",
+            "python -m epic_quant.inspect model.safetensors --config config.json --tensors",
+        ],
+        "0; 2 where the checkpoint cannot be read.",
     )
     parser.add_argument("source", help="a .safetensors file, a folder, or a hub id in the local cache")
     parser.add_argument("--config", metavar="FILE", help="config.json, where it is not beside the checkpoint")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--download", action="store_true", help="download a hub id that is not in the local cache")
-    parser.add_argument("--version", action="version", version=f"epic_quant {__version__}")
     options = parser.parse_args(arguments)
-    try:
-        with Checkpoint.open(options.source, config=options.config, download=options.download) as checkpoint:
-            print("\n".join(describe(checkpoint, list_tensors=options.tensors)))
-    except EpicQuantError as error:
-        print(f"epic_quant: {error}", file=sys.stderr)
-        return 2
+
+    # `--help` does not wait for torch.
+    from epic_quant.checkpoint import Checkpoint
+
+    with Checkpoint.open(options.source, config=options.config, download=options.download) as checkpoint:
+        print("\n".join(describe(checkpoint, list_tensors=options.tensors)))
     return 0
 
 
 def describe(checkpoint: Checkpoint, *, list_tensors: bool = False) -> Iterator[str]:
     """The lines of the page. Raises CheckpointError or ConfigError where config and file do not fit."""
+    from epic_quant.gemma4.config import TextConfig
+    from epic_quant.gemma4.tensors import expected_tensors, text_tensors
+
     config = TextConfig.read(checkpoint)
     expected = {tensor.name: tensor for tensor in expected_tensors(config)}
     tensors = {file_name: expected[name] for name, file_name in text_tensors(checkpoint, config).items()}
@@ -120,4 +120,4 @@ def _ranges(numbers: list[int]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.leave(main)

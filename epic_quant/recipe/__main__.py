@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from epic_quant import __version__
-from epic_quant.errors import EpicQuantError, RecipeError
+from epic_quant import command_line
+from epic_quant.errors import RecipeError
 from epic_quant.recipe.assignment import Recipe, within_bits, within_resident
 from epic_quant.recipe.llama_cpp import BITS, nearest_type, tensor_type_arguments
 from epic_quant.results.reading import read_run
@@ -18,32 +17,20 @@ from epic_quant.results.run import Run
 from epic_quant.results.sensitivities import KV_CACHE, UNQUANTIZED, class_specs
 from epic_quant.units import parse_nbytes
 
-_EXAMPLES = """examples:
-  pytest benchmarks/test_quality.py --benchmark-json out.json
-  python -m epic_quant.recipe out.json --budget 3.5GB
-  python -m epic_quant.recipe out.json --bits 4.2 --format llama.cpp
 
-exit status: 0, or 2 where no recipe can be made."""
-
-
+@command_line.reports_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the recipe; 0, or 2 with one line on stderr where none can be made."""
     options = _parser().parse_args(arguments)
     by_layer = options.by == "layer"
-    try:
-        if by_layer and options.format == "policy":
-            raise RecipeError(
-                "a policy string has one spec for all layers of a class; --by layer needs --format llama.cpp"
-            )
-        run = read_run(options.json)
-        if options.budget is not None:
-            recipe = within_resident(run, options.budget, by_layer)
-        else:
-            recipe = within_bits(run, options.bits, by_layer)
-        lines = list(_policy(run, recipe) if options.format == "policy" else _llama_cpp(run, recipe))
-    except EpicQuantError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if by_layer and options.format == "policy":
+        raise RecipeError("a policy string has one spec for all layers of a class; --by layer needs --format llama.cpp")
+    run = read_run(options.json)
+    if options.budget is not None:
+        recipe = within_resident(run, options.budget, by_layer)
+    else:
+        recipe = within_bits(run, options.bits, by_layer)
+    lines = list(_policy(run, recipe) if options.format == "policy" else _llama_cpp(run, recipe))
     print("\n".join(lines))
     return 0
 
@@ -125,11 +112,15 @@ def _bits(text: str) -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m epic_quant.recipe",
-        description="Find the specs of least predicted divergence within a budget, from a run's sensitivities.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_line.parser(
+        "recipe",
+        "Find the specs of least predicted divergence within a budget, from a run's sensitivities.",
+        [
+            "pytest benchmarks/test_quality.py --benchmark-json out.json",
+            "python -m epic_quant.recipe out.json --budget 3.5GB",
+            "python -m epic_quant.recipe out.json --bits 4.2 --format llama.cpp",
+        ],
+        "0; 2 where no recipe can be made.",
     )
     parser.add_argument("json", type=Path, metavar="out.json", help="what --benchmark-json wrote")
     budget = parser.add_mutually_exclusive_group(required=True)
@@ -144,9 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--by", choices=("class", "layer"), default="class", help="one spec for each class, or for each layer of it"
     )
-    parser.add_argument("--version", action="version", version=f"epic_quant {__version__}")
     return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.leave(main)

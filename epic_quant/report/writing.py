@@ -1,25 +1,54 @@
-"""Files into a folder, each whole or not at all."""
+"""A report in its formats, into a folder or as text; every file whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from epic_quant.errors import ReportError
+from epic_quant.report import long_csv, markdown
+from epic_quant.report.blocks import Block, Figure
+from epic_quant.results.run import Run
+
+# The main file of each format. What is drawn lies beside the Markdown, and inside the page.
+FILE_NAMES: Mapping[str, str] = {"md": "COMPARISON.md", "csv": "records.csv"}
+DEFAULT_FORMATS = ("md",)
+
+_TEXTS: Mapping[str, Callable[[Run, Sequence[Block]], str]] = {
+    "md": lambda run, blocks: markdown.render(blocks),
+    "csv": lambda run, blocks: long_csv.render(run),
+}
 
 
-def write_files(folder: Path, files: Mapping[str, str]) -> None:
-    """Write every text beside its place, then rename all; the folder is made where it is not there.
+def text(run: Run, blocks: Sequence[Block], format_name: str) -> str:
+    """The report in one format, to be printed: Markdown then has no plots, since these are files beside it."""
+    shown = [block for block in blocks if not isinstance(block, Figure)] if format_name == "md" else blocks
+    return _TEXTS[format_name](run, shown)
 
-    Raises ReportError where the folder cannot be written.
+
+def write_report(
+    run: Run, blocks: Sequence[Block], folder: Path, formats: Sequence[str] = DEFAULT_FORMATS
+) -> list[Path]:
+    """Write the report's files into a folder, made where it is not there, and say which is the main one of each format.
+
+    Raises ReportError where the folder cannot be written; nothing is left half-written then.
     """
+    # Texts come last, so that they never point to a plot that is not there.
+    files = {block.file_name: block.svg for block in blocks if isinstance(block, Figure)} if "md" in formats else {}
+    files |= {FILE_NAMES[name]: _TEXTS[name](run, blocks) for name in formats}
+    _write_files(folder, files)
+    return [folder / FILE_NAMES[name] for name in formats]
+
+
+def _write_files(folder: Path, files: Mapping[str, str]) -> None:
+    """Write every text beside its place, then rename all."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".report-", dir=folder) as beside:
-            for name, text in files.items():
-                Path(beside, name).write_text(text, encoding="utf-8", newline="\n")
+            for name, content in files.items():
+                Path(beside, name).write_text(content, encoding="utf-8", newline="\n")
             for name in files:
                 os.replace(Path(beside, name), folder / name)
     except OSError as error:

@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -8,6 +9,7 @@ import pytest
 
 from epic_quant import __version__
 from epic_quant.report.__main__ import main
+from epic_quant.report.writing import FILE_NAMES
 
 ROOT = Path(__file__).parents[2]
 
@@ -93,6 +95,40 @@ def test_a_full_disk_leaves_what_was_there(run_json, write_json, out, monkeypatc
     assert [(file.name, file.read_text(encoding="utf-8")) for file in out.iterdir()] == [("COMPARISON.md", "old")]
 
 
+def test_csv_is_written_beside_no_plots(run_json, write_json, out, capsys):
+    assert main([str(write_json(run_json())), "--out", str(out), "--format", "csv"]) == 0
+    assert [path.name for path in out.iterdir()] == ["records.csv"]
+    assert capsys.readouterr().out == f"{out / 'records.csv'}\n"
+
+
+@pytest.mark.parametrize("name", FILE_NAMES)
+def test_a_dash_prints_what_would_be_written(name, run_json, write_json, out, tmp_path, capsys):
+    path = write_json(run_json("block"))
+    assert main([str(path), "--out", str(out), "--format", name]) == 0
+    capsys.readouterr()
+    assert main([str(path), "--out", "-", "--format", name]) == 0
+    printed, written = capsys.readouterr().out, (out / FILE_NAMES[name]).read_text(encoding="utf-8")
+    if name == "md":
+        # Plots are files.
+        written = re.sub(r"!\[.*?\]\(.*?\)\n\n", "", written)
+    assert printed == written
+    assert not (tmp_path / "-").exists()
+
+
+def test_a_dash_takes_one_format(run_json, write_json, capsys):
+    assert main([str(write_json(run_json("block"))), "--out", "-", "--format", "md,csv"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "error: --out - prints one format: name it with --format\n"
+
+
+def test_an_unknown_format_is_status_2_and_names_the_known(run_json, write_json, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([str(write_json(run_json("block"))), "--format", "md,pdf"])
+    assert left.value.code == 2
+    assert "'pdf' is no format; known: md, " in capsys.readouterr().err
+
+
 def module(*arguments):
     command = [sys.executable, "-m", "epic_quant.report", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", check=False)
@@ -101,7 +137,7 @@ def module(*arguments):
 def test_help_has_an_example():
     done = module("--help")
     assert done.returncode == 0
-    assert "python -m epic_quant.report out.json\n" in done.stdout
+    assert "python -m epic_quant.report out.json --out reports\n" in done.stdout
 
 
 def test_version():
