@@ -40,6 +40,10 @@ class ReportError(EpicQuantError):
     """A JSON file that is no run of ours, is of a newer schema, or holds nothing to report."""
 
 
+class GateError(EpicQuantError):
+    """A limit that cannot be read, selects nothing, or is relative to nothing."""
+
+
 class RecipeError(EpicQuantError):
     """A recipe that cannot be made: no sensitivities to make it of, or a budget below the smallest possible."""
 
