@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from epic_quant.errors import ReportError
 from epic_quant.report.blocks import Block, Bullets, Heading, Paragraph, code
 from epic_quant.report.sections import (
+    baseline,
     block,
     footprint,
     kv,
     ladder,
+    limits,
     ple,
     provenance,
     quality,
     recipe,
     sensitivity,
     synthetic,
+    unfinished,
     weights,
 )
+from epic_quant.results.comparison import Comparison
+from epic_quant.results.gate import Judgement
 from epic_quant.results.run import Run
 
 
@@ -141,15 +146,28 @@ SECTIONS = (
 )
 
 
-def comparison(run: Run) -> list[Block]:
-    """The whole report of a run. Raises ReportError on a record without the labels of its section."""
+def comparison(run: Run, compared: Comparison | None = None, judged: Sequence[Judgement] = ()) -> list[Block]:
+    """The whole report of a run, beside an older one and with the limits that it was held to where these are given.
+
+    Raises ReportError on a record without the labels of its section.
+    """
     ran = [section for section in SECTIONS if run.select(section.subject)]
     for section in ran:
         _check_labels(section, run)
     findings = tuple(finding for section in ran for finding in section.findings(run))
+    findings = (
+        *(limits.findings(judged) if judged else ()),
+        *(baseline.findings(compared) if compared else ()),
+        *findings,
+    )
     blocks: list[Block] = [Heading(1, "Compression policies compared"), *provenance.whose_weights(run)]
+    blocks += unfinished.blocks(run)
     blocks.append(Heading(2, "Findings"))
     blocks.append(Bullets(findings) if findings else Paragraph("Nothing ran that a finding could be computed from."))
+    if judged:
+        blocks += [Heading(2, "Limits"), *limits.blocks(judged)]
+    if compared:
+        blocks += [Heading(2, "Against the baseline"), *baseline.blocks(compared)]
     for section in SECTIONS:
         blocks.append(Heading(2, section.title))
         blocks += section.blocks(run) if section in ran else [_not_run(section, run)]
