@@ -3,6 +3,7 @@
 pytest_plugins = [
     "epic_quant.plugin.options",
     "epic_quant.plugin.session",
+    "epic_quant.plugin.journal",
     "epic_quant.plugin.fixtures",
     "epic_quant.plugin.ending",
 ]

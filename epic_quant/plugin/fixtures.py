@@ -8,13 +8,11 @@ from typing import Any
 import pytest
 
 from epic_quant.kv import KVPolicy
+from epic_quant.plugin.journal import Measured, journal_of
 from epic_quant.plugin.run import Run
 from epic_quant.plugin.session import run_of
 from epic_quant.policy import Policy
 from epic_quant.records import JSON_KEY, Record
-
-# What was recorded, each with pytest-benchmark's fixture, which has the times.
-RECORDS = pytest.StashKey[list[tuple[Record, Any]]]()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -75,6 +73,6 @@ def record(benchmark: Any, request: pytest.FixtureRequest) -> RecordFunction:
         made = Record(subject, labels, metrics, details or {})
         # pytest-benchmark keeps a reference to this dict, so it is filled and never replaced.
         benchmark.extra_info[JSON_KEY] = made.to_json()
-        request.config.stash.setdefault(RECORDS, []).append((made, benchmark))
+        journal_of(request.config).record(Measured(request.node.nodeid, made, benchmark))
 
     return write

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from epic_quant.results.gate import EXAMPLES
 from epic_quant.units import parse_nbytes
 
 
@@ -83,3 +84,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--ple-trace", type=Path, metavar="FILE", help="text or .npy ids to judge the PLE row cache by")
     group.addoption("--plan", action="store_true", help="say what would be measured and how long it takes, and stop")
+    _add_ending(parser)
+
+
+def _add_ending(parser: pytest.Parser) -> None:
+    group = parser.getgroup("epic_quant ending", "what is made of what was measured")
+    group.addoption(
+        "--fail-if",
+        action="append",
+        default=[],
+        metavar="METRIC[LABEL=VALUE]:LIMIT",
+        help="end with status 1 where a value is on the bad side of its limit (repeatable): "
+        + EXAMPLES.replace("%", "%%"),
+    )
+    group.addoption(
+        "--baseline", type=Path, metavar="FILE", help="JSON of an older run, to hold every value and limit against"
+    )
+    group.addoption("--compare-times", action="store_true", help="compare times of different machines too")
+    group.addoption("--report", type=Path, metavar="DIR", help="make the report there when the run ends")

@@ -6,11 +6,12 @@ import argparse
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,12 +23,14 @@ from epic_quant.gemma4.config import TextConfig
 from epic_quant.gemma4.tensors import TensorClass, TextTensor, expected_tensors, text_tensors
 from epic_quant.kv import KVPolicy
 from epic_quant.plan import plan_quality
+from epic_quant.ple.residency import Ids
+from epic_quant.ple.traces import check_trace, load_ids
 from epic_quant.policy import NAMED, UNQUANTIZED, Policy
 from epic_quant.quality import NOISE_FLOOR, Change, Variant, changes, noise_floor
 from epic_quant.quality.passes import default_memory_nbytes
 from epic_quant.quant import quantizer
 from epic_quant.records import SCHEMA_VERSION
-from epic_quant.text import token_windows
+from epic_quant.text import open_tokenizer, token_windows
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEFAULT_CHECKPOINT = REPOSITORY / "benchmarks" / "mini_gemma4"
@@ -122,8 +125,7 @@ class Run:
         else:
             text = self.calibration_text
             moments = gather(self.checkpoint, text, self._moment_windows(text), folder / "calibration.safetensors")
-        if moments.text_sha256 == text_sha256(self.text):
-            raise TokenError(f"{self.text}: calibrated on the text that is judged on; expected two texts")
+        self._check_apart(moments.text_sha256)
         return moments
 
     def evaluation_moments(self, folder: Path) -> Moments | None:
@@ -166,10 +168,46 @@ class Run:
     @property
     def sensitivity_windows(self) -> Tensor:
         """The same, and after them as many of the calibration text. Raises TokenError where both texts are one."""
-        if text_sha256(self.calibration_text) == text_sha256(self.text):
-            raise TokenError(f"{self.text}: calibrated on the text that is judged on; expected two texts")
+        self._check_apart(text_sha256(self.calibration_text))
         counts = self.num_windows, self.window_tokens
         return torch.cat([self.windows(*counts), token_windows(self.checkpoint, self.calibration_text, *counts)])
+
+    def _check_apart(self, fitted_sha256: str) -> None:
+        if fitted_sha256 == text_sha256(self.text):
+            raise TokenError(f"{self.text}: calibrated on the text that is judged on; expected two texts")
+
+    def token_ids(self, path: Path) -> Ids:
+        """A file's tokens under the checkpoint's own tokenizer, or the ids in a .npy file: int64 [n].
+
+        Raises TokenError where the file cannot be read, is too short to judge a cache by, or has an id out of range.
+        """
+        rows = self.config.ple_vocab_size
+        if path.suffix == ".npy":
+            return load_ids(path, rows)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TokenError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+        ids = open_tokenizer(self.checkpoint, self.config).encode(text, add_special_tokens=False).ids
+        return check_trace(np.array(ids, dtype=np.int64), rows, str(path))
+
+    def check_inputs(self, fixtures: Collection[str]) -> None:
+        """Raise now what the files that were named, and the texts that these fixtures read, would raise later."""
+        named = [self.options.text, self.options.calibration_text]
+        for path in named:
+            if path is not None:
+                token_windows(self.checkpoint, path, 1, 2)
+        if self.options.moments:
+            self._check_apart(Moments(self.options.moments, self.checkpoint).text_sha256)
+        elif any(named):
+            self._check_apart(text_sha256(self.calibration_text))
+        if self.options.ple_trace:
+            self.token_ids(self.options.ple_trace)
+        if self.options.resume:
+            self.resume_file("quality")
+        for name, read in _READ.items():
+            if name in fixtures:
+                read(self)
 
     @cached_property
     def evaluated(self) -> dict[str, Policy | Variant]:
@@ -244,6 +282,15 @@ class Run:
             "sampled_rows": self.sampled_rows,
             "commit": _commit(),
         }
+
+
+# What the benchmarks' fixtures read of the texts.
+_READ: Mapping[str, Callable[[Run], object]] = {
+    "qualities": lambda run: run.quality_windows,
+    "sensitivities": lambda run: run.sensitivity_windows if run.changes else None,
+    "window": lambda run: run.windows(1, run.kv_tokens),
+    "block_inputs": lambda run: run.windows(1, 2),
+}
 
 
 def _library_versions() -> dict[str, str]:

@@ -12,7 +12,6 @@ import pytest
 from epic_quant.errors import EpicQuantError
 from epic_quant.plan import plan
 from epic_quant.plugin.run import Run
-from epic_quant.records import JSON_KEY
 
 _RUN = pytest.StashKey[Run]()
 
@@ -29,9 +28,8 @@ def run_of(config: pytest.Config) -> Run:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Say at once what is wrong with the run, before anything is collected."""
-    distributed = bool(getattr(config.option, "numprocesses", None))
-    if config.getoption("benchmark_json", None) and (distributed or config.getoption("benchmark_disable", False)):
-        reason = "tests run in several processes (-n)" if distributed else "--benchmark-disable was given"
+    reason = untimed(config)
+    if reason and config.getoption("benchmark_json", None):
         raise pytest.UsageError(f"no --benchmark-json can be written: nothing is timed, since {reason}")
     if runs_benchmarks(config):
         run_of(config)
@@ -43,8 +41,28 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         config.stash[_RUN].checkpoint.close()
 
 
+def is_distributed(config: pytest.Config) -> bool:
+    """Whether pytest-xdist runs the tests in several processes, of which this may be one."""
+    return hasattr(config, "workerinput") or config.getoption("dist", "no") != "no"
+
+
+def untimed(config: pytest.Config) -> str | None:
+    """Why pytest-benchmark times nothing in this session; None where it does."""
+    if is_distributed(config):
+        return "tests run in several processes (-n)"
+    disabled = config.getoption("benchmark_disable", False) and not config.getoption("benchmark_enable", False)
+    return "--benchmark-disable was given" if disabled else None
+
+
 def runs_benchmarks(config: pytest.Config) -> bool:
+    """Whether a file or folder of benchmarks was named on the command line."""
     return any("benchmarks" in Path(argument.partition("::")[0]).parts for argument in config.args)
+
+
+def facts(config: pytest.Config) -> dict[str, Any]:
+    """The run's facts, with the command line, without the folders of the machine in front of file names."""
+    shortened = (re.sub(r"(^|=)(/|[A-Za-z]:\\)[^=]*[/\\]", r"\1", word) for word in config.invocation_params.args)
+    return run_of(config).facts | {"arguments": shlex.join(["pytest", *shortened])}
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -75,18 +93,3 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
         lines += run.plan_of("sensitivity", variants, 2 * run.num_windows)
     print("\n".join([f"{len(session.items)} measurements would be made", *lines]))
     return True
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
-    """Add the run facts and drop the raw timings; done twice it is the same as once."""
-    if _RUN in config.stash and JSON_KEY not in output_json:
-        output_json[JSON_KEY] = config.stash[_RUN].facts | {"arguments": _arguments(config)}
-    for entry in output_json["benchmarks"]:
-        entry["stats"].pop("data", None)
-
-
-def _arguments(config: pytest.Config) -> str:
-    """The command line, without the folders of the machine in front of file names."""
-    shortened = (re.sub(r"(^|=)(/|[A-Za-z]:\\)[^=]*[/\\]", r"\1", word) for word in config.invocation_params.args)
-    return shlex.join(["pytest", *shortened])
