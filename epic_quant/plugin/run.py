@@ -73,6 +73,14 @@ class Run:
         self.nbytes = sum(self.checkpoint.nbytes(name) for name in self.checkpoint.names)
 
     @property
+    def name(self) -> str:
+        """What the checkpoint is called. A report goes to other people, so of a path it is only the last part."""
+        if self.is_default:
+            return "benchmarks/mini_gemma4"
+        source = Path(self.checkpoint.source)
+        return source.name if source.exists() else source.as_posix()
+
+    @property
     def sampled_rows(self) -> int | None:
         """Rows of each tensor whose error is taken; None for all of them."""
         rows = self.options.rows
@@ -253,16 +261,10 @@ class Run:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """What the report must say of this run besides its records."""
-        # A report goes to other people, so of a path it has only the last part.
-        source = Path(self.checkpoint.source)
         return {
             "schema_version": SCHEMA_VERSION,
             "checkpoint": {
-                "source": "benchmarks/mini_gemma4"
-                if self.is_default
-                else source.name
-                if source.exists()
-                else source.as_posix(),
+                "source": self.name,
                 "fingerprint": self.checkpoint.fingerprint,
                 "nbytes": self.nbytes,
                 "num_layers": self.config.num_layers,
