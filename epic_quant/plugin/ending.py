@@ -7,6 +7,7 @@ import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,8 @@ def _measured(config: pytest.Config) -> Run:
         for one in journal.records
         if one.test not in failed
     ]
-    return parse_run({JSON_KEY: _facts(config), "benchmarks": entries}, "this run")
+    now = datetime.now(UTC).isoformat()
+    return parse_run({"datetime": now, JSON_KEY: _facts(config), "benchmarks": entries}, "this run")
 
 
 def _facts(config: pytest.Config) -> dict[str, Any]:

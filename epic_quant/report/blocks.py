@@ -31,12 +31,28 @@ class Bullets:
 
 
 @dataclass(frozen=True)
+class Findings:
+    """Conclusions, each computed from the records of the run."""
+
+    items: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Table:
-    """Cells as text; the first `num_text_columns` are aligned left, the others, numbers, right."""
+    """Cells as text; the first `num_text_columns` are aligned left, the others, numbers, right, but for a last remark.
+
+    The caption says what is in it where the heading above does not.
+    """
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     num_text_columns: int = 1
+    caption: str = ""
+    has_remark: bool = False
+
+    def is_text(self, column: int) -> bool:
+        """Whether the column, counted from 0, holds text and not numbers."""
+        return column < self.num_text_columns or (self.has_remark and column == len(self.columns) - 1)
 
 
 @dataclass(frozen=True)
@@ -48,7 +64,7 @@ class Figure:
     svg: str
 
 
-Block = Heading | Paragraph | Bullets | Table | Figure
+Block = Heading | Paragraph | Bullets | Findings | Table | Figure
 
 
 def code(text: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from tabulate import tabulate
 
-from epic_quant.report.blocks import Block, Bullets, Figure, Heading, Paragraph, Table
+from epic_quant.report.blocks import Block, Bullets, Figure, Findings, Heading, Paragraph, Table
 
 
 def render(blocks: Iterable[Block]) -> str:
@@ -21,7 +21,7 @@ def _block(block: Block) -> str:
             return f"{'#' * level} {_escape(text)}"
         case Paragraph(text):
             return _escape(text)
-        case Bullets(items):
+        case Bullets(items) | Findings(items):
             return "\n".join(f"- {_escape(item)}" for item in items)
         case Table():
             return _table(block)
@@ -34,7 +34,7 @@ def _table(table: Table) -> str:
         [[_cell(text) for text in row] for row in table.rows],
         headers=[_cell(text) for text in table.columns],
         tablefmt="pipe",
-        colalign=["left" if i < table.num_text_columns else "right" for i in range(len(table.columns))],
+        colalign=["left" if table.is_text(i) else "right" for i in range(len(table.columns))],
         disable_numparse=True,
     )
 

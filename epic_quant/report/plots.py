@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from epic_quant.errors import ReportError
-from epic_quant.report.formatting import significant
+from epic_quant.report.formatting import megabytes, significant
 from epic_quant.report.gaussian import LLOYD_MAX, shannon
+from epic_quant.report.palette import LIGHT, ON_DARK, ON_PALE, SERIES, contrast
+from epic_quant.report.svg import TIP, trimmed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,12 +24,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Point:
-    """A pair of `drawable` coordinates, the panel that it is drawn in and the series that it belongs to."""
+    """A pair of `drawable` coordinates, the panel that it is drawn in and the series that it belongs to.
+
+    The name is what it is told by where it is pointed at: its own, or that of its series.
+    """
 
     panel: str
     series: str
     x: float
     y: float
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,33 +46,34 @@ class Cell:
     value: float
 
 
-# Okabe and Ito's colours, which people with any colour vision tell apart; their yellow is too pale on white,
-# and black is for the bounds.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_COLOURS = tuple(LIGHT[name] for name in SERIES)
 _MARKERS = "osD^vp<>h"
-_GREY = "#6B6B6B"
+_GREY, _INK = LIGHT["muted"], LIGHT["ink"]
 
 _STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": _GREY,
     "axes.grid": True,
+    "axes.labelcolor": _INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
     "figure.facecolor": "white",
     "font.size": 10,
-    "grid.color": "#E4E4E4",
+    "grid.color": LIGHT["line"],
     "grid.linewidth": 0.6,
     "legend.frameon": False,
     "savefig.facecolor": "white",
+    "svg.fonttype": "none",
     "svg.hashsalt": "epic_quant",
+    "text.color": _INK,
     # Names come from outside and may hold a dollar sign.
     "text.parse_math": False,
     "xtick.color": _GREY,
-    "xtick.labelcolor": "black",
+    "xtick.labelcolor": _INK,
     "ytick.color": _GREY,
-    "ytick.labelcolor": "black",
+    "ytick.labelcolor": _INK,
 }
 
 
@@ -93,8 +102,8 @@ def divergence_over_bytes(points: Sequence[Point]) -> str:
     return _svg(lambda: draw_divergence_over_bytes(points))
 
 
-def quality_over_bytes(points: Sequence[Point], front: Sequence[tuple[float, float]], floor: float | None) -> str:
-    """KL divergence over resident MB, with the Pareto front as (MB, divergence) and the noise floor as lines."""
+def quality_over_bytes(points: Sequence[Point], front: Sequence[Point], floor: float | None) -> str:
+    """KL divergence over resident MB, with the Pareto front, each point of it named, and the noise floor as lines."""
     return _svg(lambda: draw_quality_over_bytes(points, front, floor))
 
 
@@ -118,7 +127,7 @@ def draw_error_over_bits(points: Sequence[Point]) -> Figure:
     for axes, panel in zip(figure.axes, panels, strict=True):
         axes.set_title(panel, loc="left")
         axes.set_yscale("log")
-        axes.plot(bits, [shannon(rate) for rate in bits], color="black", linewidth=1.2, label="Shannon's bound")
+        axes.plot(bits, [shannon(rate) for rate in bits], color=_INK, linewidth=1.2, label="Shannon's bound")
         axes.plot(
             list(LLOYD_MAX),
             list(LLOYD_MAX.values()),
@@ -132,6 +141,7 @@ def draw_error_over_bits(points: Sequence[Point]) -> Figure:
             inside = sorted((point.x, point.y) for point in points if (point.panel, point.series) == (panel, series))
             axes.plot([x for x, _ in inside], [y for _, y in inside], **look, linewidth=1.0, label=series)
         axes.set_xlim(bits[0], bits[1])
+        _tell(axes, panel, points, lambda x, y: f"{significant(x, 4)} bits a weight, relative L2 {significant(y)}")
     _plain_ticks(figure.axes, "y")
     figure.supxlabel("bits per weight, scales and other metadata included", fontsize=10)
     figure.supylabel("relative L2 error", fontsize=10)
@@ -155,10 +165,11 @@ def draw_time_over_bytes(points: Sequence[Point], bandwidth_gbs: float | None) -
         if bandwidth_gbs:
             label = f"reading the weights\nonce, at {significant(bandwidth_gbs)} GB/s"
             edges = [left, right]
-            axes.plot(edges, [edge / bandwidth_gbs for edge in edges], color="black", linewidth=1.2, label=label)
+            axes.plot(edges, [edge / bandwidth_gbs for edge in edges], color=_INK, linewidth=1.2, label=label)
         for series, look in looks.items():
             inside = [(point.x, point.y) for point in points if (point.panel, point.series) == (panel, series)]
             axes.plot([x for x, _ in inside], [y for _, y in inside], **look, linestyle="none", label=series)
+        _tell(axes, panel, points, lambda x, y: f"{significant(x)} MB, {significant(y)} ms")
     _plain_ticks(figure.axes, "x")
     _plain_ticks(figure.axes, "y")
     figure.supxlabel("MB of the block's weights", fontsize=10)
@@ -179,7 +190,7 @@ def draw_hits_over_bytes(points: Sequence[Point], marks: Sequence[Point], bound:
     # Tables differ in the bytes of a row, so every panel has MB of its own.
     grid = figure.subplots(num_rows, num_columns, sharey=True, squeeze=False).flat
     looks = _looks([point for point in points if point.series != bound])
-    looks[bound] = {"color": "black", "linestyle": (0, (4, 2))}
+    looks[bound] = {"color": _INK, "linestyle": (0, (4, 2))}
     for axes, panel in zip(grid, panels, strict=False):
         axes.set_title(panel, loc="left")
         axes.set(xscale="log", ylim=(0, 1.02))
@@ -188,7 +199,9 @@ def draw_hits_over_bytes(points: Sequence[Point], marks: Sequence[Point], bound:
             axes.plot([x for x, _ in inside], [y for _, y in inside], **look, linewidth=1.0, label=series)
         for mark in marks:
             if mark.panel == panel:
-                axes.plot([mark.x], [mark.y], "x", color="black", markersize=9, label=mark.series)
+                axes.plot([mark.x], [mark.y], "x", color=_INK, markersize=9, label=mark.series)
+        told = [*points, *marks]
+        _tell(axes, panel, told, lambda x, y: f"{significant(x)} MB, {significant(100 * y)}% hits")
     for axes in figure.axes[len(panels) :]:
         axes.remove()
     _plain_ticks(figure.axes, "x")
@@ -214,6 +227,7 @@ def draw_divergence_over_bytes(points: Sequence[Point]) -> Figure:
         for series, look in looks.items():
             inside = [(point.x, point.y) for point in points if (point.panel, point.series) == (panel, series)]
             axes.plot([x for x, _ in inside], [y for _, y in inside], **look, linestyle="none", label=series)
+        _tell(axes, panel, points, lambda x, y: f"{significant(x, 4)} bytes a token, {significant(y)} nats")
     # The panels share their axes.
     figure.axes[0].set(xlim=_padded([point.x for point in points]), ylim=_padded([point.y for point in points]))
     _plain_ticks(figure.axes, "x")
@@ -224,21 +238,27 @@ def draw_divergence_over_bytes(points: Sequence[Point]) -> Figure:
     return figure
 
 
-def draw_quality_over_bytes(
-    points: Sequence[Point], front: Sequence[tuple[float, float]], floor: float | None
-) -> Figure:
+def draw_quality_over_bytes(points: Sequence[Point], front: Sequence[Point], floor: float | None) -> Figure:
     """The figure of `quality_over_bytes`, to be called inside `style`."""
-    figure = _new_figure(1, 1, 1, 6.4, 4.6)
+    figure = _new_figure(1, 1, 1, 7.4, 4.4)
     (axes,) = figure.axes
+    # Names of the front stand at its lower left, where no point can be; they need room there.
+    left, right = min(point.x for point in points), max(point.x for point in points)
+    axes.set_xlim(left - 0.3 * (right - left) - 0.05 * left, right + 0.08 * (right - left) + 0.01 * right)
     axes.set_yscale("log")
     axes.set_ylim(_padded([*(point.y for point in points), *([] if floor is None else [floor])]))
-    if front:
-        axes.plot(*zip(*front, strict=True), color="black", linewidth=1.0, label="Pareto front")
+    axes.plot([point.x for point in front], [point.y for point in front], color=_INK, lw=1.0, label="Pareto front")
+    for point in front:
+        axes.annotate(
+            point.series, (point.x, point.y), (-7, -2), textcoords="offset points", ha="right", va="top", fontsize=9
+        )
     if floor is not None:
         axes.axhline(floor, color=_GREY, linestyle=(0, (4, 2)), linewidth=1.2, label="bf16 compute")
     for series, look in _looks(points).items():
         inside = [(point.x, point.y) for point in points if point.series == series]
         axes.plot([x for x, _ in inside], [y for _, y in inside], **look, linestyle="none", label=series)
+    for point in points:
+        _tell(axes, point.panel, [point], lambda x, y: f"{megabytes(1e6 * x)} MB, {significant(y)} nats a token")
     _plain_ticks(figure.axes, "y", subs=(1.0,))
     figure.supxlabel("resident MB", fontsize=10)
     figure.supylabel("KL divergence, nats a token", fontsize=10)
@@ -265,6 +285,7 @@ def draw_divergence_over_errors(points: Sequence[Point]) -> Figure:
             inside = [(point.x, point.y) for point in points if (point.panel, point.series) == (panel, series)]
             axes.plot([x for x, _ in inside], [y for _, y in inside], **look, linestyle="none", label=series)
         axes.set_xlim(_padded([point.x for point in points if point.panel == panel]))
+        _tell(axes, panel, points, lambda x, y: f"error {significant(x)}, {significant(y)} nats a token")
     figure.axes[0].set_ylim(_padded([point.y for point in points]))
     for axes in figure.axes[len(panels) :]:
         axes.remove()
@@ -279,7 +300,8 @@ def draw_divergence_over_errors(points: Sequence[Point]) -> Figure:
 
 def draw_heat_map(cells: Sequence[Cell]) -> Figure:
     """The figure of `heat_map`, to be called inside `style`."""
-    from matplotlib.colors import LogNorm
+    from matplotlib import colormaps
+    from matplotlib.colors import LogNorm, to_hex
     from matplotlib.figure import Figure
 
     panels: dict[str, list[Cell]] = {}
@@ -292,16 +314,17 @@ def draw_heat_map(cells: Sequence[Cell]) -> Figure:
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights}).flat
     low, high = _padded([cell.value for cell in cells])
-    norm = LogNorm(low, high)
+    norm, colour_map = LogNorm(low, high), colormaps["YlOrBr"]
     for axes, (panel, inside) in zip(grid, panels.items(), strict=True):
         values = {(cell.row, cell.column): cell.value for cell in inside}
         mesh = [[values.get((row, column), math.nan) for column in columns[panel]] for row in rows[panel]]
         # A mesh is made of paths; an image would be a picture inside the SVG.
-        axes.pcolormesh(mesh, norm=norm, cmap="YlOrBr", edgecolors="white", linewidth=1.0)
+        axes.pcolormesh(mesh, norm=norm, cmap=colour_map, edgecolors="white", linewidth=1.0)
         for y, line in enumerate(mesh):
             for x, value in enumerate(line):
-                dark = drawable(value) and norm(value) > 0.65
-                colour = "white" if dark else "black"
+                colour = _GREY
+                if drawable(value):
+                    colour = max(ON_PALE, ON_DARK, key=partial(contrast, to_hex(colour_map(norm(value)))))
                 axes.text(x + 0.5, y + 0.5, significant(value, 2), ha="center", va="center", color=colour, fontsize=8)
         axes.set_title(panel, loc="left")
         axes.set_xticks([x + 0.5 for x in range(len(columns[panel]))], columns[panel], rotation=30, ha="right")
@@ -319,7 +342,9 @@ def style() -> Iterator[None]:
         import matplotlib.style
     except ImportError as error:
         raise ReportError("plots need matplotlib: pip install 'epic-quant[report]'") from error
-    with matplotlib.style.context(["default", _STYLE]):
+    with matplotlib.style.context(["default", _STYLE]), warnings.catch_warnings():
+        # Text stays text, so that a glyph which matplotlib's font lacks is the reader's to draw.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         yield
 
 
@@ -330,8 +355,7 @@ def _svg(draw: Callable[[], Figure]) -> str:
         buffer = io.StringIO()
         # Neither the day nor matplotlib's version belongs in a file that is compared.
         FigureCanvasSVG(draw()).print_figure(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    # matplotlib leaves blanks at the ends of lines.
-    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+    return trimmed(buffer.getvalue())
 
 
 def _new_figure(num_rows: int, num_columns: int, num_panels: int, panel_width: float, panel_height: float) -> Figure:
@@ -358,6 +382,14 @@ def _looks(points: Sequence[Point]) -> dict[str, dict[str, Any]]:
         }
         for index, name in enumerate(names)
     }
+
+
+def _tell(axes: Axes, panel: str, points: Sequence[Point], values: Callable[[float, float], str]) -> None:
+    """Give every point of the panel a text, its name and its values, that is shown where it is pointed at."""
+    for point in points:
+        if point.panel == panel:
+            text = f"{point.name or point.series}: {values(point.x, point.y)}"
+            axes.plot([point.x], [point.y], "o", alpha=0, markersize=1, gid=f"{TIP}{text}")
 
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:

@@ -8,16 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from epic_quant.errors import ReportError
-from epic_quant.report import long_csv, markdown
+from epic_quant.report import html, long_csv, markdown
 from epic_quant.report.blocks import Block, Figure
 from epic_quant.results.run import Run
 
 # The main file of each format. What is drawn lies beside the Markdown, and inside the page.
-FILE_NAMES: Mapping[str, str] = {"md": "COMPARISON.md", "csv": "records.csv"}
-DEFAULT_FORMATS = ("md",)
+FILE_NAMES: Mapping[str, str] = {"md": "COMPARISON.md", "html": "index.html", "csv": "records.csv"}
+DEFAULT_FORMATS = ("md", "html")
 
 _TEXTS: Mapping[str, Callable[[Run, Sequence[Block]], str]] = {
     "md": lambda run, blocks: markdown.render(blocks),
+    "html": lambda run, blocks: html.render(blocks),
     "csv": lambda run, blocks: long_csv.render(run),
 }
 

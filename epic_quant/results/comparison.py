@@ -17,7 +17,7 @@ Key = tuple[str, frozenset[tuple[str, str]]]
 # Times are only held against those of the same one of these.
 _MACHINE = ("cpu", "threads", "platform")
 # Facts that are measured anew each time, or that others tell too.
-_NOT_COMPARED = ("read_bandwidth_gbs", "policies", "missing", "failed")
+_NOT_COMPARED = ("measured", "read_bandwidth_gbs", "policies", "missing", "failed")
 
 # Two times closer than this part of the older one are called the same: so much they vary from run to run.
 TIME_NOISE = 0.1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ class PartialWriter:
         beside = path.with_name(f"{path.name}.{os.getpid()}")
         try:
             try:
-                beside.write_text(_line({JSON_KEY: facts, "planned": planned}), encoding="utf-8", newline="\n")
+                first = {"datetime": datetime.now(UTC).isoformat(), JSON_KEY: facts, "planned": planned}
+                beside.write_text(_line(first), encoding="utf-8", newline="\n")
                 os.replace(beside, path)
             finally:
                 beside.unlink(missing_ok=True)
@@ -97,7 +99,7 @@ def read_partial(path: Path) -> dict[str, Any]:
         for test, record in records
         if test not in failed
     ]
-    return {JSON_KEY: facts, "benchmarks": benchmarks}
+    return {"datetime": first.get("datetime"), JSON_KEY: facts, "benchmarks": benchmarks}
 
 
 def _line(entry: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def parse_run(data: Any, name: str) -> Run:
     if not isinstance(facts, dict) or not entries:
         raise ReportError(f"{name}: holds no records of epic_quant; {HOW_TO_MAKE_ONE}")
     _check_facts(name, facts)
-    return Run(facts, tuple(_record(name, entry) for entry in entries))
+    return Run({**_measured(data), **facts}, tuple(_record(name, entry) for entry in entries))
 
 
 def _is_partial(path: Path) -> bool:
@@ -77,6 +78,15 @@ def _json(path: Path) -> Any:
     # ValueError is of text that is not UTF-8, of what is no JSON, and of integers too long to convert.
     except (ValueError, RecursionError) as error:
         raise ReportError(f"{path}: not JSON, or cut off: {error}") from error
+
+
+def _measured(data: Mapping[str, Any]) -> dict[str, str]:
+    """The day and minute that pytest-benchmark says, `2026-11-24 14:07 UTC`, as a fact of the run."""
+    try:
+        when = datetime.fromisoformat(data["datetime"]).astimezone(UTC)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return {}
+    return {"measured": f"{when:%Y-%m-%d %H:%M} UTC"}
 
 
 def _extra_info(entry: Any) -> Mapping[str, Any]:
@@ -126,6 +136,9 @@ def _record(name: str, entry: Mapping[str, Any]) -> Record:
 def _check_types(record: Record) -> None:
     if not isinstance(record.subject, str) or not all(isinstance(value, str) for value in record.labels.values()):
         raise TypeError("subject and labels must be text")
+    for text in (record.subject, *record.labels, *record.labels.values()):
+        # JSON can hold half a surrogate pair, which no file can.
+        text.encode()
     _check_numbers("metrics", record.metrics)
     _check_numbers("details", {name: record.details.get(name) for name in _NUMBERS})
     for name in _NUMBERS_BY_NAME:

@@ -5,7 +5,7 @@ import pytest
 from epic_quant.errors import ReportError
 from epic_quant.records import JSON_KEY
 from epic_quant.report import plots
-from epic_quant.report.blocks import Bullets, Figure, Heading, Table
+from epic_quant.report.blocks import Figure, Findings, Heading, Table
 from epic_quant.report.sections import comparison
 from epic_quant.results.reading import read_run
 
@@ -23,7 +23,7 @@ def report(write_json):
 
 
 def findings(blocks):
-    return "\n".join(next(block for block in blocks if isinstance(block, Bullets)).items)
+    return "\n".join(item for block in blocks if isinstance(block, Findings) for item in block.items)
 
 
 def table(blocks, title):
@@ -85,8 +85,8 @@ def test_the_frontier_leaves_out_what_is_larger_and_worse(run_json, report):
 def test_the_plot_has_every_policy_but_those_that_only_round(run_json, report):
     (figure,) = (block for block in report(run_json("kv_divergence")) if isinstance(block, Figure))
     for name in ("bf16", "int4", "original", "p-rope", "128 tokens", "1024 tokens"):
-        assert f"<!-- {name} -->" in figure.svg
-    assert "<!-- fp32 -->" not in figure.svg
+        assert f">{name}</text>" in figure.svg
+    assert ">fp32</text>" not in figure.svg
 
 
 def test_owners_bytes_stand_beside_those_of_all_layers(run_json, report):

@@ -4,7 +4,7 @@ import pytest
 
 from epic_quant.errors import ReportError
 from epic_quant.records import JSON_KEY
-from epic_quant.report.blocks import Bullets, Figure, Paragraph, Table
+from epic_quant.report.blocks import Figure, Findings, Paragraph, Table
 from epic_quant.report.sections import comparison
 from epic_quant.results.reading import read_run
 
@@ -18,7 +18,7 @@ def texts(blocks):
     return "\n".join(
         block.text if isinstance(block, Paragraph) else "\n".join(block.items)
         for block in blocks
-        if isinstance(block, Paragraph | Bullets)
+        if isinstance(block, Paragraph | Findings)
     )
 
 
@@ -44,7 +44,7 @@ def test_findings_name_the_best_policy_and_the_originals_rule(run_json, report):
 def test_the_plot_has_every_policy_and_the_originals_point(run_json, report):
     (figure,) = (block for block in report(run_json("ple_hits")) if isinstance(block, Figure))
     for name in ("lru", "optimum", "static, lowest ids", "the original's point", "Zipf 1.0"):
-        assert f"<!-- {name} -->" in figure.svg
+        assert f">{name}</text>" in figure.svg
 
 
 def test_speed_is_told_beside_dense_and_the_original(run_json, report):

@@ -4,9 +4,9 @@ import pytest
 
 from epic_quant.records import JSON_KEY, Record
 from epic_quant.report import plots
-from epic_quant.report.blocks import Bullets, Figure, Heading, Paragraph, Table
+from epic_quant.report.blocks import Figure, Findings, Heading, Paragraph, Table
+from epic_quant.report.pareto import front
 from epic_quant.report.sections import comparison
-from epic_quant.report.sections.quality import pareto_front
 from epic_quant.results.reading import read_run
 
 RECIPE = "sliding_attention=int3-g128,mlp=int4-g128,kv=bf16,ple=lru:5000"
@@ -29,7 +29,7 @@ def report(write_json):
 
 
 def findings(blocks):
-    return "\n".join(next(block for block in blocks if isinstance(block, Bullets)).items)
+    return "\n".join(item for block in blocks if isinstance(block, Findings) for item in block.items)
 
 
 def table(blocks, title, index=0):
@@ -68,9 +68,10 @@ def test_the_front_is_drawn_and_said_without_what_is_beaten(run_json, report, dr
         f"`original-1.58` (25.8 MB, 0.500), `{RECIPE}` (26.5 MB, 0.0300), `int4-g128` (26.7 MB, 0.0200), "
         "`bf16` (42.9 MB, 0)."
     ) in said
-    points, front, floor = drawn["quality_over_bytes"]
+    points, least, floor = drawn["quality_over_bytes"]
     assert {point.series for point in points} == {"original-1.58", "recipe 1", "int4-g128", "worse"}
-    assert front == [(25.8, 0.5), (26.5, 0.03), (26.7, 0.02)], "a divergence of 0 has no place on the axis"
+    drawn_front = [(point.x, point.y) for point in least]
+    assert drawn_front == [(25.8, 0.5), (26.5, 0.03), (26.7, 0.02)], "a divergence of 0 has no place on the axis"
     assert floor == 2e-5
 
 
@@ -85,7 +86,7 @@ def test_the_front_is_drawn_and_said_without_what_is_beaten(run_json, report, dr
     ],
 )
 def test_a_front_has_what_nothing_as_small_equals(points, names):
-    assert "".join(name for name, _, _ in pareto_front(points)) == names
+    assert "".join(name for name, _, _ in front(points)) == names
 
 
 def test_policies_within_the_noise_are_named(run_json, report):

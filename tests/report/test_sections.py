@@ -3,7 +3,7 @@ import pytest
 from epic_quant.errors import ReportError
 from epic_quant.records import JSON_KEY
 from epic_quant.report import plots
-from epic_quant.report.blocks import Bullets, Figure, Heading, Paragraph, Table
+from epic_quant.report.blocks import Figure, Findings, Heading, Paragraph, Table
 from epic_quant.report.sections import SECTIONS, comparison
 from epic_quant.report.sections.weights import scheme
 from epic_quant.results.reading import read_run
@@ -42,7 +42,7 @@ def table(blocks, title, index=0):
 
 
 def findings(blocks):
-    return list(next(block for block in blocks if isinstance(block, Bullets)).items)
+    return list(dict.fromkeys(item for block in blocks if isinstance(block, Findings) for item in block.items))
 
 
 def change_records(data, subject, change):
@@ -55,10 +55,10 @@ def change_records(data, subject, change):
 def test_sections_come_in_order(run_json, report):
     titles = [block.text for block in report(run_json()) if isinstance(block, Heading) and block.level == 2]
     sections = ["Footprint", "Weights", "Ladder", "Synthetic weights", "Blocks"]
-    sections += ["Quality", "Sensitivity", "Recipes"]
     sections += ["PLE row cache: hits", "PLE row cache: speed", "PLE below eight bits"]
     sections += ["KV cache: errors", "KV cache: divergence", "KV cache: bytes"]
-    assert titles == ["Findings", *sections, "How this was measured"]
+    sections += ["Quality", "Sensitivity", "Recipes"]
+    assert titles == ["Which policy for how many MB", "What else to know", *sections, "How this was measured"]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_where_nothing_is_worse_than_zeros_the_findings_say_so(run_json, report)
 def test_a_sample_of_rows_is_told(run_json, report):
     data = run_json("weights")
     data[JSON_KEY]["sampled_rows"] = 256
-    assert "a seeded sample of 256 rows" in under(report(data), "Weights")[0].text
+    assert "a seeded sample of 256 rows" in under(report(data), "Weights")[1].text
 
 
 def test_the_ladder_climbs_in_bits(run_json, report):

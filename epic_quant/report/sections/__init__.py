@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from epic_quant.errors import ReportError
-from epic_quant.report.blocks import Block, Bullets, Heading, Paragraph, code
+from epic_quant.report.blocks import Block, Findings, Heading, Paragraph, code
 from epic_quant.report.sections import (
     baseline,
     block,
@@ -20,6 +20,7 @@ from epic_quant.report.sections import (
     quality,
     recipe,
     sensitivity,
+    summary,
     synthetic,
     unfinished,
     weights,
@@ -31,7 +32,7 @@ from epic_quant.results.run import Run
 
 @dataclass(frozen=True)
 class Section:
-    """What the records of one subject say: `blocks` for its place in the report, `findings` for the list at its head.
+    """What the records of one subject say: its place in the report begins with `findings`, and `blocks` follow.
 
     Both are called only where there are records, and every record bears the `labels`.
     """
@@ -85,16 +86,6 @@ SECTIONS = (
         block.blocks,
         block.findings,
     ),
-    Section("Quality", "quality", ("policy",), "benchmarks/test_quality.py", quality.blocks, quality.findings),
-    Section(
-        "Sensitivity",
-        "sensitivity",
-        ("tensor_class", "spec", "text"),
-        "benchmarks/test_quality.py",
-        sensitivity.blocks,
-        sensitivity.findings,
-    ),
-    Section("Recipes", "quality", ("policy",), "benchmarks/test_quality.py", recipe.blocks, recipe.findings),
     Section(
         "PLE row cache: hits",
         "ple_hits",
@@ -143,6 +134,16 @@ SECTIONS = (
         kv.bytes_blocks,
         kv.bytes_findings,
     ),
+    Section("Quality", "quality", ("policy",), "benchmarks/test_quality.py", quality.blocks, quality.findings),
+    Section(
+        "Sensitivity",
+        "sensitivity",
+        ("tensor_class", "spec", "text"),
+        "benchmarks/test_quality.py",
+        sensitivity.blocks,
+        sensitivity.findings,
+    ),
+    Section("Recipes", "quality", ("policy",), "benchmarks/test_quality.py", recipe.blocks, recipe.findings),
 )
 
 
@@ -154,23 +155,23 @@ def comparison(run: Run, compared: Comparison | None = None, judged: Sequence[Ju
     ran = [section for section in SECTIONS if run.select(section.subject)]
     for section in ran:
         _check_labels(section, run)
-    findings = tuple(finding for section in ran for finding in section.findings(run))
-    findings = (
-        *(limits.findings(judged) if judged else ()),
-        *(baseline.findings(compared) if compared else ()),
-        *findings,
-    )
-    blocks: list[Block] = [Heading(1, "Compression policies compared"), *provenance.whose_weights(run)]
+    blocks: list[Block] = [Heading(1, "Compression policies compared"), *provenance.at_the_head(run)]
     blocks += unfinished.blocks(run)
-    blocks.append(Heading(2, "Findings"))
-    blocks.append(Bullets(findings) if findings else Paragraph("Nothing ran that a finding could be computed from."))
     if judged:
         blocks += [Heading(2, "Limits"), *limits.blocks(judged)]
     if compared:
-        blocks += [Heading(2, "Against the baseline"), *baseline.blocks(compared)]
+        blocks += [Heading(2, "Since the baseline"), Findings(tuple(baseline.findings(compared)))]
+    blocks += summary.blocks(run)
     for section in SECTIONS:
         blocks.append(Heading(2, section.title))
-        blocks += section.blocks(run) if section in ran else [_not_run(section, run)]
+        if section not in ran:
+            blocks.append(_not_run(section, run))
+            continue
+        if findings := section.findings(run):
+            blocks.append(Findings(tuple(findings)))
+        blocks += section.blocks(run)
+    if compared:
+        blocks += [Heading(2, "Against the baseline"), *baseline.blocks(compared)]
     return [*blocks, Heading(2, "How this was measured"), *provenance.blocks(run)]
 
 

@@ -6,6 +6,7 @@ from epic_quant.errors import ReportError
 from epic_quant.report import plots
 from epic_quant.report.blocks import Block, Figure, Heading, Paragraph, Table, code
 from epic_quant.report.formatting import megabytes, milliseconds, percent, quotient, significant, times
+from epic_quant.report.pareto import Sized, front
 from epic_quant.report.sections.footprint import resident_nbytes
 from epic_quant.results.run import Run
 
@@ -31,8 +32,7 @@ def blocks(run: Run) -> list[Block]:
 def findings(run: Run) -> list[str]:
     """The least error within each size, and the fastest and slowest policies at one token."""
     found = []
-    frontier = _frontier(run)
-    if frontier:
+    if frontier := front(sized(run)):
         steps = ", ".join(
             f"{code(policy)} ({megabytes(nbytes)} MB, {significant(error)})" for policy, nbytes, error in frontier
         )
@@ -58,24 +58,15 @@ def findings(run: Run) -> list[str]:
     return found
 
 
-def _frontier(run: Run) -> list[tuple[str, float, float]]:
-    """Policy, resident bytes and error of those that no policy of the same bytes or fewer equals or beats in error."""
-    errors = {
-        policy: max(values)
-        for policy in run.labels("block", "policy")
-        if (
-            values := [
-                error
-                for record in run.select("block", policy=policy)
-                if (error := record.metrics.get("added_rel_l2")) is not None
-            ]
-        )
-    }
+def sized(run: Run) -> list[Sized]:
+    """Policy, resident bytes and the largest error of a block relative to what it adds, where both are known."""
     sizes = resident_nbytes(run, "this checkpoint")
-    found: list[tuple[str, float, float]] = []
-    for nbytes, error, policy in sorted((sizes[name], errors[name], name) for name in errors if name in sizes):
-        if not found or error < found[-1][2]:
-            found.append((policy, nbytes, error))
+    found = []
+    for policy in run.labels("block", "policy"):
+        errors = [record.metrics.get("added_rel_l2") for record in run.select("block", policy=policy)]
+        present = [error for error in errors if error is not None]
+        if present and policy in sizes:
+            found.append((policy, sizes[policy], max(present)))
     return found
 
 

@@ -7,6 +7,8 @@ from epic_quant.report.blocks import Block, Bullets, Heading, Paragraph, Table, 
 from epic_quant.report.formatting import MISSING, megabytes, times
 from epic_quant.results.run import Run
 
+E4B = "E4B"
+
 _EXPLANATION = (
     "As published: the original's sum, which counts the K and V projections that no layer reads, and leaves out the "
     "embedding, the PLE model projection, the norms and the KV cache. In brackets is the published figure, with ✓ "

@@ -7,6 +7,7 @@ from epic_quant.records import Record
 from epic_quant.report import plots
 from epic_quant.report.blocks import Block, Figure, Heading, Paragraph, Table, code
 from epic_quant.report.formatting import MISSING, megabytes, quotient, significant, times
+from epic_quant.report.pareto import front
 from epic_quant.results.run import Run
 
 REFERENCE = "bf16"
@@ -100,14 +101,10 @@ def divergence_findings(run: Run) -> list[str]:
     for record in run.select("kv_divergence", context=longest):
         nbytes, divergence = (record.metrics.get(name) for name in ("nbytes", "kl_divergence"))
         if nbytes is not None and divergence is not None:
-            measured.append((nbytes, divergence, record.labels["kv_policy"]))
-    frontier: list[tuple[float, float, str]] = []
-    for nbytes, divergence, policy in sorted(measured):
-        if not frontier or divergence < frontier[-1][1]:
-            frontier.append((nbytes, divergence, policy))
+            measured.append((record.labels["kv_policy"], nbytes, divergence))
     steps = ", ".join(
         f"{code(policy)} ({significant(nbytes, 4)} bytes, {_divergence(divergence)})"
-        for nbytes, divergence, policy in frontier
+        for policy, nbytes, divergence in front(measured)
     )
     if not steps:
         return []

@@ -20,11 +20,6 @@ def blocks(judged: Sequence[Judgement]) -> list[Block]:
     return [Paragraph(f"Held to {limits}: {summary(judged)}."), *([failed] if failed.rows else [])]
 
 
-def findings(judged: Sequence[Judgement]) -> list[str]:
-    """Whether it kept to its limits."""
-    return [f"{summary(judged)}."]
-
-
 def summary(judged: Sequence[Judgement]) -> str:
     """One clause for a terminal or a sentence."""
     failed = sum(one.fails for one in judged)

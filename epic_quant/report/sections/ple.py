@@ -62,6 +62,23 @@ def hits_findings(run: Run) -> list[str]:
     return found
 
 
+def rows_findings(run: Run) -> list[str]:
+    """Rows and MB for each target on the last trace: the user's own, or the evaluation text."""
+    trace = run.labels("ple_hits", "trace")[-1]
+    reached = []
+    for target in _TARGETS:
+        enough = [
+            (rows, record)
+            for record in run.select("ple_hits", trace=trace)
+            if record.labels["residency"] != OPTIMUM and (rows := _rows_for(record, target)) is not None
+        ]
+        if enough:
+            rows, record = min(enough, key=lambda pair: pair[0])
+            said = f"{_size(record, target)} MB, {record.labels['residency']}"
+            reached.append(f"{target:.0%} {math.ceil(rows):,} rows ({said})")
+    return [f"Resident PLE rows that answer so many lookups of {trace}: {', '.join(reached)}."] if reached else []
+
+
 def speed_blocks(run: Run) -> list[Block]:
     """Tables of hot lookups, cold lookups and memory, by the table that was looked up in."""
     found: list[Block] = [

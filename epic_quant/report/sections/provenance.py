@@ -16,11 +16,24 @@ _NOT_E4B = {
 }
 
 
-def whose_weights(run: Run) -> list[Block]:
-    """The first lines of a report."""
-    checkpoint = run.facts["checkpoint"]
-    statement = _NOT_E4B.get(checkpoint["kind"], f"The weights are those of {code(checkpoint['source'])}.")
-    return [Paragraph(statement)]
+def at_the_head(run: Run) -> list[Block]:
+    """The first lines of a report: whose weights these are, and by what they were measured."""
+    facts, checkpoint = run.facts, run.facts["checkpoint"]
+    name = code(checkpoint["source"])
+    statement = _NOT_E4B.get(checkpoint["kind"], f"The weights are those of {name}.")
+    versions = facts.get("versions") or {}
+    said = [
+        f"checkpoint {name}",
+        _labelled("", _with_unit(megabytes(checkpoint.get("nbytes")), "MB")),
+        _labelled("fingerprint ", _text(checkpoint.get("fingerprint"))),
+        _labelled("", _text(facts.get("cpu"))),
+        _labelled("", _with_unit(_plain(facts.get("threads")), "threads")),
+        _labelled("", _text(facts.get("platform"))),
+        *(_labelled(f"{library} ", _text(versions.get(library))) for library in ("epic_quant", "torch")),
+        _labelled("commit ", _text(facts.get("commit"))),
+        _labelled("on ", _text(facts.get("measured"))),
+    ]
+    return [Paragraph(statement), Paragraph(f"Measured: {', '.join(part for part in said if part)}.")]
 
 
 def blocks(run: Run) -> list[Block]:
@@ -39,21 +52,35 @@ def blocks(run: Run) -> list[Block]:
         "platform": _text(facts.get("platform")),
         "seed": _text(facts.get("seed")),
         "commit": _text(facts.get("commit")),
+        "measured on": _text(facts.get("measured")),
         "command": _text(facts.get("arguments")),
         "report made by": _text(f"epic_quant {__version__}"),
     }
-    tables: list[Block] = [Table(("fact", "value"), tuple(rows.items()), num_text_columns=2)]
-    for column, fact in (("library", "versions"), ("policy", "policy_strings")):
+    tables: list[Block] = [
+        Table(("fact", "value"), tuple(rows.items()), num_text_columns=2, caption="Facts of the run")
+    ]
+    for columns, fact, caption in (
+        (("library", "version"), "versions", "Versions"),
+        (("policy", "stands for"), "policy_strings", "What the policies stand for"),
+    ):
         named = facts.get(fact) or {}
         if named:
-            second = "version" if fact == "versions" else "stands for"
             rows_of = tuple((code(str(name)), _text(value)) for name, value in named.items())
-            tables.append(Table((column, second), rows_of, num_text_columns=2))
+            tables.append(Table(columns, rows_of, 2, caption))
     return [*tables, Paragraph("MB are 1e6 bytes and GB/s 1e9 bytes a second; — is what was not measured.")]
 
 
 def _text(value: Any) -> str:
     return MISSING if value is None or value == "" else code(str(value))
+
+
+def _plain(value: Any) -> str:
+    return MISSING if value is None else str(value)
+
+
+def _labelled(label: str, text: str) -> str:
+    """Nothing where the text is missing."""
+    return "" if text == MISSING else label + text
 
 
 def _with_unit(number: str, unit: str) -> str:

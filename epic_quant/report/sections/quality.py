@@ -8,7 +8,7 @@ from epic_quant.report import plots
 from epic_quant.report.blocks import Block, Figure, Heading, Paragraph, Table, code
 from epic_quant.report.correlation import spearman
 from epic_quant.report.formatting import megabytes, significant
-from epic_quant.report.sections.recipe import short_name
+from epic_quant.report.pareto import Sized, front
 from epic_quant.results.run import Run
 from epic_quant.results.sensitivities import EVALUATION, class_divergences
 
@@ -28,7 +28,6 @@ def blocks(run: Run) -> list[Block]:
             f"a token of the evaluation text. `{NOISE_FLOOR}` is the same weights computed in bf16: what lies below "
             "it is noise. ± is one standard error, over tokens as if they were independent."
         ),
-        *_figure(run),
         _table(run),
     ]
     proxies = _proxies(run)
@@ -56,8 +55,8 @@ def blocks(run: Run) -> list[Block]:
 def findings(run: Run) -> list[str]:
     """The least divergence within each size, what is within the noise, and which other errors sort as it does."""
     found = []
-    if front := _front(run):
-        steps = ", ".join(f"{code(name)} ({megabytes(x)} MB, {significant(y)})" for name, x, y in front)
+    if least := front(sized(run)):
+        steps = ", ".join(f"{code(name)} ({megabytes(x)} MB, {significant(y)})" for name, x, y in least)
         found.append(f"Least KL divergence within each size, by resident bytes and nats a token: {steps}.")
     floor = run.value("quality", "kl_divergence", policy=NOISE_FLOOR)
     below = [
@@ -80,20 +79,11 @@ def findings(run: Run) -> list[str]:
     return found
 
 
-def pareto_front(points: list[tuple[str, float, float]]) -> list[tuple[str, float, float]]:
-    """Of (name, bytes, divergence), by rising bytes, those that nothing of as few bytes equals or beats."""
-    front: list[tuple[str, float, float]] = []
-    for nbytes, divergence, name in sorted((x, y, name) for name, x, y in points):
-        if not front or divergence < front[-1][2]:
-            front.append((name, nbytes, divergence))
-    return front
-
-
 def _quantized(run: Run) -> list[str]:
     return [policy for policy in run.labels("quality", "policy") if policy not in ("bf16", NOISE_FLOOR)]
 
 
-def _sized(run: Run) -> list[tuple[str, float, float]]:
+def sized(run: Run) -> list[Sized]:
     """Policy, resident bytes and divergence, where both are known."""
     found = []
     for policy in run.labels("quality", "policy"):
@@ -103,28 +93,6 @@ def _sized(run: Run) -> list[tuple[str, float, float]]:
         if nbytes is not None and divergence is not None and policy != NOISE_FLOOR:
             found.append((policy, nbytes, divergence))
     return found
-
-
-def _front(run: Run) -> list[tuple[str, float, float]]:
-    return pareto_front(_sized(run))
-
-
-def _figure(run: Run) -> list[Block]:
-    points = [
-        plots.Point("", short_name(run, policy), nbytes / 1e6, divergence)
-        for policy, nbytes, divergence in _sized(run)
-        if plots.drawable(nbytes) and plots.drawable(divergence)
-    ]
-    if not points:
-        return []
-    front = [(x / 1e6, y) for _, x, y in _front(run) if plots.drawable(x) and plots.drawable(y)]
-    floor = run.value("quality", "kl_divergence", policy=NOISE_FLOOR)
-    alt = (
-        "KL divergence in nats a token, logarithmic, over resident MB, a colour and a marker for each policy, with the "
-        "Pareto front and the noise of bf16 compute as lines"
-    )
-    svg = plots.quality_over_bytes(points, front, floor if plots.drawable(floor) else None)
-    return [Figure("quality-divergence-over-bytes.svg", alt, svg)]
 
 
 def _table(run: Run) -> Table:

@@ -27,7 +27,7 @@ def blocks(run: Run) -> list[Block]:
             continue
         rows.append(
             (
-                _named(run, policy),
+                named(run, policy),
                 megabytes(run.value("quality", "resident_nbytes", policy=policy)),
                 significant(predicted),
                 significant(measured),
@@ -68,7 +68,7 @@ def findings(run: Run) -> list[str]:
             no_worse = f"no worse than any of the {len(rivals)} named policies of as many bytes or fewer"
             said.append(f"worse than {', '.join(map(code, better))}" if better else no_worse)
         if said:
-            found.append(f"{_named(run, policy)}: {'; '.join(said)}.")
+            found.append(f"{named(run, policy)}: {'; '.join(said)}.")
     return found
 
 
@@ -78,14 +78,15 @@ def short_name(run: Run, policy: str) -> str:
     return f"recipe {recipes.index(policy) + 1}" if policy in recipes else policy
 
 
+def named(run: Run, policy: str) -> str:
+    """A policy in running text: by its name, a recipe by its number and its string."""
+    name = short_name(run, policy)
+    return code(policy) if name == policy else f"{name}, {code(policy)}"
+
+
 def _is_recipe(policy: str) -> bool:
     """Whether a policy goes by its string."""
     return "=" in policy
-
-
-def _named(run: Run, policy: str) -> str:
-    name = short_name(run, policy)
-    return code(policy) if name == policy else f"{name}, {code(policy)}"
 
 
 def _predicted(run: Run, policy: str) -> float | None:

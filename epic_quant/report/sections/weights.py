@@ -76,7 +76,7 @@ def error_figure(records: Iterable[Record], file_name: str) -> list[Block]:
         bits, error = record.metrics.get("bits_per_weight"), record.metrics.get("rel_l2")
         if plots.drawable(bits) and plots.drawable(error) and bits <= _MAX_DRAWN_BITS:
             tensor_class, spec = record.labels["tensor_class"], record.labels["spec"]
-            points[tensor_class, spec] = plots.Point(tensor_class, scheme(spec), bits, error)
+            points[tensor_class, spec] = plots.Point(tensor_class, scheme(spec), bits, error, spec)
     if not points:
         return []
     classes = ", ".join(dict.fromkeys(tensor_class for tensor_class, _ in points))

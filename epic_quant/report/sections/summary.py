@@ -1,0 +1,159 @@
+"""Which policy to choose for how many MB, and why; then the findings that a choice rests on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from epic_quant.report import plots
+from epic_quant.report.blocks import Block, Figure, Findings, Heading, Paragraph, Table, code
+from epic_quant.report.formatting import MISSING, megabytes, significant, times
+from epic_quant.report.pareto import Sized, front
+from epic_quant.report.sections import block, kv, ple, quality, recipe, sensitivity
+from epic_quant.report.sections.footprint import E4B, resident_nbytes
+from epic_quant.results.run import Run
+
+# Nats a token that a smallest policy is named for: from plainly worse to hardly to be seen.
+_THRESHOLDS = (0.1, 0.03, 0.01, 0.001)
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What policies are judged by: their points, what the second coordinate is called, and its standard errors."""
+
+    points: list[Sized]
+    error: str
+    errors: Callable[[str], float | None]
+
+
+def blocks(run: Run) -> list[Block]:
+    """The choice as a table and a plot, then the findings; what there are no records for is left out."""
+    found: list[Block] = []
+    judged = _judged(run)
+    if judged:
+        found += [Heading(2, "Which policy for how many MB"), *_choice(run, judged), *_figure(run)]
+    findings = [*_thresholds(run)]
+    for subject, tell in (
+        ("sensitivity", sensitivity.findings),
+        ("ple_hits", ple.rows_findings),
+        ("kv_divergence", kv.divergence_findings),
+        ("quality", recipe.findings),
+    ):
+        if run.select(subject):
+            findings += tell(run)
+    if findings:
+        found += [Heading(2, "What else to know"), Findings(tuple(findings))]
+    return found
+
+
+def _judged(run: Run) -> _Judged | None:
+    """By divergence; where quality was not run, by the error of a block; None where that was not run either."""
+    if points := quality.sized(run):
+        return _Judged(points, "KL divergence", lambda name: run.value("quality", "kl_se", policy=name))
+    if points := block.sized(run):
+        return _Judged(points, "error of a block", lambda name: None)
+    return None
+
+
+def _choice(run: Run, judged: _Judged) -> list[Block]:
+    least = front(judged.points)
+    e4b = {} if run.facts["checkpoint"]["kind"] == "user" else resident_nbytes(run, E4B)
+    measures = {"perplexity": ("perplexity", 4, 1.0), "top1_agreement": ("same first choice, %", 3, 100.0)}
+    measures = measures if run.select("quality") else {}
+    columns = ["resident MB you have", "choose", judged.error, *(title for title, _, _ in measures.values())]
+    columns += [*(["E4B's resident MB"] if e4b else []), "why"]
+    rows = []
+    for index, (name, nbytes, error) in enumerate(least):
+        upper = least[index + 1][1] if index + 1 < len(least) else math.inf
+        row = [
+            f"{megabytes(nbytes)} to {megabytes(upper)}" if math.isfinite(upper) else f"{megabytes(nbytes)} or more",
+            recipe.named(run, name),
+            quality.with_error(error, judged.errors(name)),
+        ]
+        for metric, (_, digits, factor) in measures.items():
+            value = run.value("quality", metric, policy=name)
+            row.append(significant(None if value is None else factor * value, digits))
+        row += [megabytes(e4b.get(name))] if e4b else []
+        rows.append((*row, _why(run, judged, least[:index], (name, nbytes, error), upper)))
+    said = (
+        "KL divergence from the checkpoint's own predictions, in nats a token of the evaluation text"
+        if judged.error == "KL divergence"
+        else "the largest error of a block's output relative to what the block adds, since quality was not run"
+    )
+    only = " E4B's MB are counted from its own shapes; its errors were not measured." if e4b else ""
+    return [
+        Paragraph(
+            f"Find the resident MB that you have: of {len(judged.points)} policies measured, the row names the "
+            "one with the least error that fits."
+        ),
+        Table(tuple(columns), tuple(rows), num_text_columns=2, has_remark=True),
+        Paragraph(
+            f"Resident is all that must be in RAM: weights, PLE rows, norms and KV cache. Error is {said}.{only}"
+        ),
+    ]
+
+
+def _why(run: Run, judged: _Judged, smaller: list[Sized], chosen: Sized, upper: float) -> str:
+    """What choosing this one gains over the next smaller, and what it is chosen instead of."""
+    name, nbytes, error = chosen
+    reasons = []
+    if smaller:
+        before, before_nbytes, before_error = smaller[-1]
+        gain = f"{significant(before_error / error)}× less error" if error else "no error"
+        gain += f" for {megabytes(nbytes - before_nbytes)} MB more than {code(recipe.short_name(run, before))}"
+        spread = math.hypot(judged.errors(name) or 0.0, judged.errors(before) or 0.0)
+        doubt = ", within one standard error" if before_error - error <= spread else ""
+        reasons.append(gain + doubt)
+    else:
+        reasons.append("the smallest that was measured")
+    floor = run.value("quality", "kl_divergence", policy=quality.NOISE_FLOOR)
+    if judged.error == "KL divergence" and floor is not None and 0 < error <= floor:
+        reasons.append("no more than computing in bf16 changes")
+    beaten = sorted(
+        (theirs, other) for other, size, theirs in judged.points if nbytes <= size < upper and other != name
+    )
+    if beaten:
+        worse = [
+            code(recipe.short_name(run, other)) + ("" if (ratio := times(theirs, error)) == MISSING else f" ({ratio})")
+            for theirs, other in beaten
+        ]
+        reasons.append(f"beats, with no more MB, those of so many times its error: {', '.join(worse)}")
+    return "; ".join(reasons)
+
+
+def _thresholds(run: Run) -> list[str]:
+    """The smallest policy within each of some divergences."""
+    points = quality.sized(run)
+    said = []
+    for threshold in _THRESHOLDS:
+        within = [(nbytes, name) for name, nbytes, divergence in points if divergence <= threshold]
+        if within:
+            nbytes, name = min(within)
+            said.append(f"{threshold:g}: {recipe.named(run, name)} ({megabytes(nbytes)} MB)")
+    return [f"Smallest policy within a KL divergence, in nats a token, of {', of '.join(said)}."] if said else []
+
+
+def _figure(run: Run) -> list[Block]:
+    points = [
+        plots.Point("", recipe.short_name(run, policy), nbytes / 1e6, divergence, policy)
+        for policy, nbytes, divergence in quality.sized(run)
+        if plots.drawable(nbytes) and plots.drawable(divergence)
+    ]
+    if not points:
+        return []
+    least = [
+        plots.Point("", recipe.short_name(run, policy), nbytes / 1e6, divergence)
+        for policy, nbytes, divergence in front(quality.sized(run))
+        if plots.drawable(nbytes) and plots.drawable(divergence)
+    ]
+    floor = run.value("quality", "kl_divergence", policy=quality.NOISE_FLOOR)
+    steps = ", ".join(f"{point.series} {significant(point.x)} MB {significant(point.y)}" for point in least)
+    alt = (
+        "KL divergence in nats a token, logarithmic, over resident MB, a colour and a marker for each of "
+        f"{len(points)} policies, with the Pareto front, which goes from small to large through {steps}"
+    )
+    if plots.drawable(floor):
+        alt += f", and the noise of bf16 compute at {significant(floor)}"
+    svg = plots.quality_over_bytes(points, least, floor if plots.drawable(floor) else None)
+    return [Figure("quality-divergence-over-bytes.svg", alt, svg)]
