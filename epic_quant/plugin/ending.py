@@ -143,7 +143,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     records, ending = journal_of(config).records, config.stash[_ENDING]
     reason = untimed(config)
     if records or (reason and runs_benchmarks(config)) or ending.error:
-        terminalreporter.section("epic_quant")
+        terminalreporter.write_sep("=", "epic_quant")
     if reason and (records or runs_benchmarks(config)):
         what = "nothing was measured" if is_distributed(config) else "nothing was timed"
         terminalreporter.write_line(f"{what}, since {reason}", yellow=True)
