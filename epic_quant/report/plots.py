@@ -231,6 +231,7 @@ def draw_divergence_over_bytes(points: Sequence[Point]) -> Figure:
     # The panels share their axes.
     figure.axes[0].set(xlim=_padded([point.x for point in points]), ylim=_padded([point.y for point in points]))
     _plain_ticks(figure.axes, "x")
+    _plain_ticks(figure.axes, "y", subs=(1.0,))
     figure.supxlabel("bytes a token of the KV cache", fontsize=10)
     figure.supylabel("KL divergence, nats a token", fontsize=10)
     handles, labels = figure.axes[0].get_legend_handles_labels()

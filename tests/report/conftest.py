@@ -204,7 +204,7 @@ SUBJECTS = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_json():
     """`run_json("block", …)`: a whole JSON object with the records of these subjects, of all where none is said."""
 

@@ -24,11 +24,11 @@ def out(tmp_path):
 
 def test_the_report_and_its_plots_are_written_and_named(run_json, write_json, out, capsys):
     assert main([str(write_json(run_json())), "--out", str(out)]) == 0
-    assert capsys.readouterr().out.strip() == str(out / "COMPARISON.md")
+    assert capsys.readouterr().out.splitlines() == [str(out / "COMPARISON.md"), str(out / "index.html")]
     text = (out / "COMPARISON.md").read_text(encoding="utf-8")
     plots = sorted(path.name for path in out.glob("*.svg"))
     assert len(plots) == 8
-    assert sorted(path.name for path in out.iterdir()) == ["COMPARISON.md", *plots]
+    assert sorted(path.name for path in out.iterdir()) == ["COMPARISON.md", *plots, "index.html"]
     for name in plots:
         ElementTree.parse(out / name)
         assert f"]({name})" in text

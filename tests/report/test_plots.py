@@ -148,6 +148,5 @@ def test_every_error_has_its_own_axis():
     ]
 
 
-@pytest.mark.parametrize("name", ["quality over bytes", "divergence over errors", "heat map"])
-def test_no_number_is_written_as_markup(name):
-    assert "mathdefault" not in DRAWINGS[name](POINTS)
+def test_no_number_is_written_as_markup(draw):
+    assert "mathdefault" not in draw(POINTS)

@@ -241,7 +241,7 @@ def _figure(run: Run, contexts: list[str]) -> list[Block]:
 def _claims(run: Run) -> Table:
     """One row: the original's ratios as it claims them, as its own bits a head give them, and as they are stored."""
     row = [f"{code(ORIGINAL)} on {E4B}, times less than {REFERENCE}"]
-    columns = [""]
+    columns = ["KV policy"]
     for layer_type in (SLIDING, FULL):
         columns += [f"{layer_type}, claimed", "by its own arithmetic", "stored in truth"]
         row += [

@@ -115,10 +115,11 @@ def _why(run: Run, judged: _Judged, smaller: list[Sized], chosen: Sized, upper: 
     )
     if beaten:
         worse = [
-            code(recipe.short_name(run, other)) + ("" if (ratio := times(theirs, error)) == MISSING else f" ({ratio})")
+            code(recipe.short_name(run, other)) + ("" if ratio == MISSING else f" ({ratio} the error)")
             for theirs, other in beaten
+            for ratio in [times(theirs, error)]
         ]
-        reasons.append(f"beats, with no more MB, those of so many times its error: {', '.join(worse)}")
+        reasons.append(f"better than {', '.join(worse)}, which need as much or more")
     return "; ".join(reasons)
 
 
