@@ -84,7 +84,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Before the first test: check what all of them will read, and put the partial file in its place."""
     config = session.config
-    items = [item for item in session.items if "record" in getattr(item, "fixturenames", ())]
+    items = [item for item in session.items if {"record", "benchmark"} <= set(getattr(item, "fixturenames", ()))]
     if not items or config.option.plan or config.option.collectonly or is_distributed(config):
         return
     journal = journal_of(config)

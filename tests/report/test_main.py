@@ -204,7 +204,7 @@ def test_a_baseline_stands_beside_the_run(run_json, write_json, out, tmp_path, c
     baseline.write_text(json.dumps(old), encoding="utf-8")
     named = ["--baseline", baseline, "--fail-if"]
     assert gated(run_json, write_json, out, *named, "kl_divergence:+12%") == 0
-    assert "### kl_divergence: " in (out / "COMPARISON.md").read_text(encoding="utf-8")
+    assert "### kl_divergence\n" in (out / "COMPARISON.md").read_text(encoding="utf-8")
     assert gated(run_json, write_json, out, *named, "kl_divergence:+10%") == 1
     assert "+11%" in capsys.readouterr().err
 

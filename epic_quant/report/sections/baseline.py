@@ -9,7 +9,7 @@ from typing import Any
 from epic_quant.records import METRICS, Metric
 from epic_quant.report.blocks import Block, Bullets, Heading, Paragraph, Table, code
 from epic_quant.report.formatting import MISSING, change, with_unit
-from epic_quant.results.comparison import TIME_NOISE, Change, Comparison, Measured
+from epic_quant.results.comparison import TIME_NOISE, Change, Comparison, Measured, is_time
 
 _DIGITS = 4
 # What a reader looks for first comes first.
@@ -32,8 +32,8 @@ def blocks(compared: Comparison) -> list[Block]:
         if moved:
             counts = Counter(one.verdict for one in by_metric[metric])
             found += [
-                Heading(3, f"{metric.name}: {_counted(counts)}"),
-                Paragraph(_meaning(metric)),
+                Heading(3, metric.name),
+                Paragraph(f"{_counted(counts)}. {_meaning(metric)}"),
                 _table(moved),
             ]
         else:
@@ -44,19 +44,24 @@ def blocks(compared: Comparison) -> list[Block]:
 
 
 def findings(compared: Comparison) -> list[str]:
-    """How much got worse and better, and what most."""
-    counts = Counter(one.verdict for one in compared.changes)
+    """How much got worse and better, and what most; times apart, since they always move."""
     if not compared.changes:
         return ["The baseline measured nothing that this run measured."]
-    found = [f"Against the baseline: {_counted(counts)}."]
+    times = Counter(one.verdict for one in compared.changes if is_time(one.metric))
+    others = [one for one in compared.changes if not is_time(one.metric)]
+    found = []
+    if others:
+        found.append(f"Against the baseline: {_counted(Counter(one.verdict for one in others))}.")
     for verdict, called in (("worse", "loss"), ("better", "gain")):
-        moved = [one for one in compared.changes if one.verdict == verdict and one.relative is not None]
+        moved = [one for one in others if one.verdict == verdict and one.relative is not None]
         if moved:
             most = max(moved, key=lambda one: abs(one.relative or 0))
             found.append(
                 f"The largest {called} against the baseline: {code(most.metric.name)} of {_what(most)} went from "
                 f"{_value(most, most.before)} to {_value(most, most.now)} ({change(most.relative)})."
             )
+    if times:
+        found.append(f"Times against the baseline: {_counted(times)}.")
     return found
 
 
