@@ -291,7 +291,10 @@ _READ: Mapping[str, Callable[[Run], object]] = {
     "qualities": lambda run: run.quality_windows,
     "sensitivities": lambda run: run.sensitivity_windows if run.changes else None,
     "window": lambda run: run.windows(1, run.kv_tokens),
+    "trace_of": lambda run: run.token_ids(run.text),
     "block_inputs": lambda run: run.windows(1, 2),
+    "divergences": lambda run: run.windows(1, 2),
+    "evaluation_moments": lambda run: None if run.nbytes > LARGE_CHECKPOINT_NBYTES else run.windows(1, 2),
 }
 
 

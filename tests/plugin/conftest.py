@@ -11,9 +11,6 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from epic_quant.errors import EpicQuantError
-from epic_quant.plugin.run import Run
-
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -87,17 +84,3 @@ def finished(model, tmp_path_factory, run_pytest):
     status, printed = run_pytest(*files, "--checkpoint", model, *policies, *options, *ending)
     assert status == 0, printed
     return Finished(printed, json.loads(out.read_text(encoding="utf-8")), out, folder / "report")
-
-
-@pytest.fixture
-def in_process(pytestconfig):
-    """`in_process(checkpoint, *options)`: what a run with these options says is wrong before it measures."""
-
-    def said(checkpoint, *options):
-        given = pytestconfig._parser.parse_known_args(["--checkpoint", str(checkpoint), *options])
-        run = Run(given)
-        with run.checkpoint, pytest.raises(EpicQuantError) as caught:
-            run.check_inputs(())
-        return str(caught.value)
-
-    return said

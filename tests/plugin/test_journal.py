@@ -1,5 +1,6 @@
 """What a run leaves where it does not end, and what ends it before it begins."""
 
+import argparse
 import json
 import shutil
 import signal
@@ -10,7 +11,8 @@ import time
 import numpy as np
 import pytest
 
-from epic_quant.records import JSON_KEY
+from epic_quant.errors import EpicQuantError
+from epic_quant.plugin.run import Run
 from epic_quant.results.partial import partial_path
 from epic_quant.results.reading import read_run
 
@@ -65,11 +67,6 @@ def test_a_run_that_is_interrupted_writes_its_json_and_says_what_is_missing(bloc
     assert len(read_run(out).facts["missing"]) > 0
 
 
-def test_an_old_partial_file_makes_way(finished):
-    """The run of `finished` had none; its JSON's folder holds none after it."""
-    assert not partial_path(finished.path).exists()
-
-
 @pytest.fixture
 def without_tokenizer(model, tmp_path):
     folder = shutil.copytree(model, tmp_path / "bare")
@@ -89,7 +86,7 @@ def refused(run_pytest, tmp_path, *arguments):
     return printed
 
 
-@pytest.mark.parametrize("subject", ["block", "kv", "quality"])
+@pytest.mark.parametrize("subject", ["block", "kv", "ple", "quality", "weights"])
 def test_a_checkpoint_without_a_tokenizer_is_told_before_anything_that_needs_one(
     subject, without_tokenizer, run_pytest, tmp_path
 ):
@@ -105,22 +102,25 @@ def test_what_needs_no_text_needs_no_tokenizer(without_tokenizer, run_pytest):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--ple-trace", "none.npy"], "none.npy: cannot be read as a .npy array"),
-        (["--ple-trace", "none.txt"], "none.txt: cannot be read as UTF-8 text"),
-        (["--ple-trace", "long.npy"], "long.npy: token id 999 is out of range"),
-        (["--text", "none.txt"], "none.txt: cannot be read as UTF-8 text"),
-        (["--text", "same.txt", "--calibration-text", "copy.txt"], "calibrated on the text that is judged on"),
-        (["--calibration-text", "none.txt"], "none.txt: cannot be read as UTF-8 text"),
-        (["--moments", "none.safetensors"], "none.safetensors"),
-        (["--resume", "same.txt"], "cannot be made a folder to resume from"),
+        ({"ple_trace": "none.npy"}, "none.npy: cannot be read as a .npy array"),
+        ({"ple_trace": "none.txt"}, "none.txt: cannot be read as UTF-8 text"),
+        ({"ple_trace": "long.npy"}, "long.npy: token id 999 is out of range"),
+        ({"text": "none.txt"}, "none.txt: cannot be read as UTF-8 text"),
+        ({"text": "same.txt", "calibration_text": "copy.txt"}, "calibrated on the text that is judged on"),
+        ({"calibration_text": "none.txt"}, "none.txt: cannot be read as UTF-8 text"),
+        ({"moments": "none.safetensors"}, "none.safetensors"),
+        ({"resume": "same.txt"}, "cannot be made a folder to resume from"),
     ],
 )
-def test_a_file_that_is_none_is_told_before_anything_is_measured(options, said, model, tmp_path, in_process):
+def test_a_file_that_is_none_is_told_before_anything_is_measured(options, said, model, tmp_path, pytestconfig):
     np.save(tmp_path / "long.npy", np.array([1, 999]))
     for name in ("same.txt", "copy.txt"):
         (tmp_path / name).write_text("5 6 7 8 9", encoding="utf-8")
-    paths = [text if text.startswith("--") else str(tmp_path / text) for text in options]
-    assert said in in_process(model, *paths)
+    paths = {name: tmp_path / file for name, file in options.items()}
+    run = Run(argparse.Namespace(**vars(pytestconfig.option) | {"checkpoint": str(model)} | paths))
+    with run.checkpoint, pytest.raises(EpicQuantError) as caught:
+        run.check_inputs(())
+    assert said in str(caught.value)
 
 
 def test_a_text_that_is_too_short_for_what_is_planned_is_told(model, tmp_path, run_pytest):
@@ -135,10 +135,3 @@ def test_a_json_that_cannot_be_written_is_told_before_anything_is_measured(model
     status, printed = run_pytest("benchmarks/test_footprint.py", "--checkpoint", model, "--benchmark-json", out)
     assert status == 2
     assert "out.partial.jsonl: cannot be written: No such file or directory" in printed
-
-
-def test_facts_are_the_same_in_the_partial_file_and_in_the_json(finished):
-    """The header is written before the first test, the JSON after the last."""
-    facts = finished.json[JSON_KEY]
-    assert facts["arguments"].startswith("pytest ")
-    assert facts["read_bandwidth_gbs"] > 0
