@@ -28,6 +28,7 @@ from epic_quant.results.gate import Condition, Judgement, check_baseline, judge
 from epic_quant.results.reading import parse_run, read_run
 from epic_quant.results.run import Run
 
+# In a row of the table; standard errors are left to the report.
 _MOST_METRICS = 3
 
 
@@ -195,7 +196,7 @@ def _metrics(group: Sequence[Measured]) -> str:
         for name, value in one.record.metrics.items():
             if value is not None:
                 values[name].append(value)
-    shown = list(values.items())[:_MOST_METRICS]
+    shown = [(name, found) for name, found in values.items() if not name.endswith("_se")][:_MOST_METRICS]
     return "  ".join(f"{name} {_range(name, found)}" for name, found in shown) or MISSING
 
 

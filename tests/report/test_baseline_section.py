@@ -1,7 +1,7 @@
 import pytest
 
-from epic_quant.records import JSON_KEY, Record
-from epic_quant.report.blocks import Bullets, Heading, Paragraph, Table
+from epic_quant.records import Record
+from epic_quant.report.blocks import Bullets, Heading, Table
 from epic_quant.report.markdown import render
 from epic_quant.report.sections import comparison
 from epic_quant.report.sections.baseline import blocks, findings, where
@@ -92,21 +92,3 @@ def test_it_stands_in_the_report_only_where_there_is_a_baseline(run_json):
     times = values.count("time_s")
     assert f"- Against the baseline: {len(values) - times} unchanged." in text
     assert f"- Times against the baseline: {times} unchanged." in text
-
-
-def test_missing_and_failed_tests_are_told_first(run_json):
-    data = run_json("quality")
-    data[JSON_KEY] |= {
-        "missing": ["benchmarks/test_block.py::test_block[int4-1]", "benchmarks/test_block.py::test_block[int4-16]"],
-        "failed": ["benchmarks/test_kv.py::test_kv"],
-    }
-    found = comparison(parse_run(data, "x"))
-    first = next(index for index, block in enumerate(found) if "2 of its tests" in getattr(block, "text", ""))
-    assert isinstance(found[first], Paragraph)
-    assert not any(isinstance(block, Heading) for block in found[1:first])
-    assert "1 of its tests failed" in found[first + 2].text
-    told = [block.rows for block in found if isinstance(block, Table)][:2]
-    assert told == [
-        (("`benchmarks/test_block.py::test_block`", "`int4-1`, `int4-16`", "2"),),
-        (("`benchmarks/test_kv.py::test_kv`", "", "1"),),
-    ]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 from epic_quant.report.blocks import Block, Paragraph, Table, code
 from epic_quant.results.run import Run
+
+# Of one function; a run names a few hundred in all.
+_MOST_NAMED = 6
 
 
 def blocks(run: Run) -> list[Block]:
@@ -27,13 +30,16 @@ def blocks(run: Run) -> list[Block]:
 
 
 def _table(tests: Iterable[str]) -> Table:
-    """Tests by their function, with what is in brackets after its name."""
-    counts: Counter[str] = Counter()
+    """Tests by their function, with what is in brackets after its name, as far as that is no longer than a few."""
     of: dict[str, list[str]] = defaultdict(list)
     for test in tests:
-        function, bracket, parameters = test.partition("[")
-        counts[function] += 1
-        if bracket:
-            of[function].append(code(parameters.removesuffix("]")))
-    rows = tuple((code(function), ", ".join(of[function]), str(count)) for function, count in counts.items())
+        function, _, parameters = test.partition("[")
+        of[function].append(parameters.removesuffix("]"))
+    rows = tuple((code(function), _named(names), str(len(names))) for function, names in of.items())
     return Table(("test", "of", "number"), rows, num_text_columns=2)
+
+
+def _named(names: Sequence[str]) -> str:
+    shown = [code(name) for name in names[:_MOST_NAMED] if name]
+    more = len(names) - _MOST_NAMED
+    return ", ".join([*shown, f"and {more} more"] if more > 0 else shown)
