@@ -1,4 +1,4 @@
-"""From a run's JSON to `COMPARISON.md` and its plots, without torch: `python -m epic_quant.report out.json`.
+"""From a run's JSON to a page, Markdown with plots or CSV, without torch: `python -m epic_quant.report out.json`.
 
-reading -> Run -> sections -> blocks -> markdown -> writing
+reading -> Run -> sections -> blocks -> html, markdown -> writing
 """

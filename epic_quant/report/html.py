@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from jinja2 import Environment
     from markupsafe import Markup
 
+_WHOLE = 24
+
 _PAGE = files("epic_quant.report") / "page"
 
 
@@ -77,12 +79,14 @@ def _environment() -> Environment:
     except ImportError as error:
         raise ReportError("an HTML report needs Jinja2: pip install 'epic-quant[report]'") from error
 
+    def code(text: str) -> Markup:
+        """A name stays in one piece, but where it is longer than a line of a telephone can be."""
+        return Markup('<code class="wrap">{}</code>' if len(text) > _WHOLE else "<code>{}</code>").format(text)
+
     def rich(text: str) -> Markup:
         """Text with `code` between backticks; all else is text, whatever it holds."""
         parts = re.split(r"`([^`]*)`", text)
-        return Markup("").join(
-            Markup("<code>{}</code>").format(part) if index % 2 else escape(part) for index, part in enumerate(parts)
-        )
+        return Markup("").join(code(part) if index % 2 else escape(part) for index, part in enumerate(parts))
 
     def cell(text: str) -> Markup:
         """A cell's text, with its verdict, where it has one, in colour as well as in its sign."""

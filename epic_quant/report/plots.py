@@ -82,6 +82,15 @@ def drawable(value: float | None) -> TypeGuard[float]:
     return value is not None and 0 < value < math.inf
 
 
+def extremes(points: Sequence[Point], name: Callable[[Point], str], unit: str = "") -> str:
+    """What a plot shows in words: from which least to which greatest value; nothing where it has no point."""
+    if not points:
+        return ""
+    low, high = (choose(points, key=lambda point: point.y) for choose in (min, max))
+    ends = (f"{significant(point.y)}{f' {unit}' if unit else ''} of {name(point)}" for point in (low, high))
+    return f"from {' to '.join(ends)}"
+
+
 def error_over_bits(points: Sequence[Point]) -> str:
     """Relative L2 over bits per weight, a panel for each tensor class, with the bounds of a Gaussian source."""
     return _svg(lambda: draw_error_over_bits(points))

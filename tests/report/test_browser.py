@@ -179,6 +179,8 @@ def test_dark_is_the_systems_choice_until_the_readers_own_which_is_kept(opened):
     assert grounds == ("rgb(255, 255, 255)", "rgb(18, 21, 26)")
     light.locator("#theme").click()
     assert ground(light) == grounds[1]
+    # What a page keeps reaches the browser's other processes a moment later.
+    light.wait_for_timeout(1000)
     light.reload()
     assert ground(light) == grounds[1]
     light.locator("#theme").click()

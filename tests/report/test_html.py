@@ -136,6 +136,12 @@ def test_a_verdict_has_a_colour_beside_its_sign():
     assert '<span class="none">—</span>' in text
 
 
+def test_short_names_stay_in_one_piece_and_long_ones_wrap():
+    text = html.render([Paragraph(f"`int4-g128` and `{'mlp=int4-g128,' * 3}`")])
+    assert "<code>int4-g128</code>" in text
+    assert f'<code class="wrap">{"mlp=int4-g128," * 3}</code>' in text
+
+
 def test_tables_have_captions_scopes_and_text_on_the_left():
     page = Page(
         html.render([Heading(2, "S"), Heading(3, "T"), Table(("a", "b", "c"), (("x", "1", "z"),), 1, "", True)])

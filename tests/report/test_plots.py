@@ -150,3 +150,10 @@ def test_every_error_has_its_own_axis():
 
 def test_no_number_is_written_as_markup(draw):
     assert "mathdefault" not in draw(POINTS)
+
+
+def test_a_plot_in_words_goes_from_the_least_value_to_the_greatest():
+    points = [Point("p", "middle", 1.0, 0.5), Point("p", "high", 2.0, 4.0), Point("q", "low", 3.0, 0.25)]
+    said = plots.extremes(points, lambda point: f"{point.series} in {point.panel}", "ms")
+    assert said == "from 0.250 ms of low in q to 4.00 ms of high in p"
+    assert plots.extremes([], str) == ""

@@ -169,3 +169,24 @@ def test_a_record_that_is_no_object_is_told(run_json, write_json):
     data = run_json("block")
     data["benchmarks"][1]["extra_info"][JSON_KEY] = 3
     assert "damaged record" in error_of(write_json(data))
+
+
+@pytest.mark.parametrize(
+    ("said", "measured"),
+    [
+        ("2026-11-24T14:07:59.123456+00:00", "2026-11-24 14:07 UTC"),
+        ("2026-11-24T23:30:00-02:00", "2026-11-25 01:30 UTC"),
+        ("yesterday", None),
+        (17, None),
+        (None, None),
+    ],
+)
+def test_the_time_of_measuring_is_a_fact_where_it_is_said(said, measured, run_json, write_json):
+    data = run_json("block") | {"datetime": said}
+    assert read_run(write_json(data)).facts.get("measured") == measured
+
+
+def test_half_a_surrogate_pair_is_told_since_no_file_can_hold_it(run_json, write_json):
+    data = run_json("block")
+    data["benchmarks"][1]["extra_info"][JSON_KEY]["labels"]["policy"] = "\ud800"
+    assert "damaged record" in error_of(write_json(data))

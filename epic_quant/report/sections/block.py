@@ -88,6 +88,7 @@ def _figure(run: Run) -> list[Block]:
     bandwidth = measured if plots.drawable(measured) else None
     if bandwidth:
         alt += ", with the time that reading the weights once takes"
+    alt += "; " + plots.extremes(points, lambda point: f"{point.series} on {point.panel}", "ms")
     return [Figure("block-time-against-bytes.svg", alt, plots.time_over_bytes(points, bandwidth))]
 
 

@@ -233,7 +233,8 @@ def _figure(run: Run, contexts: list[str]) -> list[Block]:
     alt = (
         f"KL divergence of the next token's distribution over bytes a token of the KV cache, both logarithmic, a panel "
         f"for each of {panels}, a colour and a marker for each KV policy; below {_LEAST_DIVERGENCE:g} nats, where "
-        "fp32 rounds, none is drawn"
+        "fp32 rounds, none is drawn; "
+        + plots.extremes(points, lambda point: f"{point.series} at {point.panel}", "nats")
     )
     return [Figure("kv-divergence-over-bytes.svg", alt, plots.divergence_over_bytes(points))]
 

@@ -204,9 +204,14 @@ def _hits_figure(run: Run) -> list[Block]:
     panels = ", ".join(dict.fromkeys(point.panel for point in points))
     alt = (
         f"Hit rate over resident MB, logarithmic, a panel for each of {panels}, a line for each policy and the "
-        "optimum, with the original's point marked"
+        "optimum, with the original's point marked; "
+        + plots.extremes([point for point in points if point.series != OPTIMUM], _told)
     )
     return [Figure("ple-hits-over-bytes.svg", alt, plots.hits_over_bytes(points, marks, OPTIMUM))]
+
+
+def _told(point: plots.Point) -> str:
+    return f"{point.series} with {significant(point.x)} MB on {point.panel}"
 
 
 def _trace_facts(record: Record) -> Paragraph:

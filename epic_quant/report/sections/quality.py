@@ -200,5 +200,8 @@ def _proxy_figure(proxies: dict[tuple[str, str], _Points]) -> list[Block]:
     if not points:
         return []
     panels = ", ".join(dict.fromkeys(point.panel for point in points))
-    alt = f"KL divergence in nats a token over a cheaper error, both logarithmic, a panel for each of {panels}"
+    alt = (
+        f"KL divergence in nats a token over a cheaper error, both logarithmic, a panel for each of {panels}; "
+        + plots.extremes(points, lambda point: f"{point.series} in {point.panel}", "nats")
+    )
     return [Figure("quality-divergence-over-proxies.svg", alt, plots.divergence_over_errors(points))]

@@ -90,5 +90,9 @@ def _figure(run: Run) -> list[Block]:
     if not cells:
         return []
     panels = ", ".join(dict.fromkeys(cell.panel for cell in cells))
-    alt = f"KL divergence in nats a token as a heat map, a row for each tensor class, a panel for each of {panels}"
+    low, high = (choose(cells, key=lambda cell: cell.value) for choose in (min, max))
+    alt = (
+        f"KL divergence in nats a token as a heat map, a row for each tensor class, a panel for each of {panels}; from "
+        f"{significant(low.value)} of {low.row} {low.column} to {significant(high.value)} of {high.row} {high.column}"
+    )
     return [Figure("sensitivity-heat-map.svg", alt, plots.heat_map(cells))]

@@ -82,7 +82,8 @@ def error_figure(records: Iterable[Record], file_name: str) -> list[Block]:
     classes = ", ".join(dict.fromkeys(tensor_class for tensor_class, _ in points))
     alt = (
         f"Relative L2 error on a logarithmic scale over bits per weight, a panel for each of {classes}, a colour for "
-        "each scheme, with Shannon's bound and Lloyd-Max quantizers of a Gaussian source"
+        "each scheme, with Shannon's bound and Lloyd-Max quantizers of a Gaussian source; "
+        + plots.extremes(list(points.values()), lambda point: f"{point.name} on {point.panel}")
     )
     return [
         Figure(file_name, alt, plots.error_over_bits(list(points.values()))),
