@@ -26,37 +26,47 @@ _LOGGED_EVERY_S = 60.0
 
 
 class Remaining:
-    """How long the rest of a run takes, from the tests that have ended.
+    """How long the rest of a run takes, from the tests that have ended and from an earlier run.
 
-    A test takes as long as the others of its function; the first of these also set up what all share, so it counts only
-    while it is alone, and where no time of the function is `known` from an earlier run. Of a function without any time
-    it takes as long as any test.
+    The first test of a function also sets up what all share, so it is known apart from the others: `known` has two
+    times for a function, in seconds, of its first test and of each further one. A further one takes as long as those
+    that have ended; where none has, as in the earlier run; else as the first took when all was set up. Of a function
+    without any time every test takes as long as those of the other functions.
     """
 
-    def __init__(self, planned: Sequence[str], known: dict[str, float]) -> None:
+    def __init__(self, planned: Sequence[str], known: dict[str, tuple[float, float]]) -> None:
         self._left = Counter(map(_function, planned))
         self._known = known
-        self._took: dict[str, list[float]] = {}
+        self._took: dict[str, list[tuple[float, float]]] = {}
 
-    def ended(self, test: str, seconds: float) -> None:
-        """Note a test's time, with what was set up for it."""
+    def ended(self, test: str, setup_s: float, rest_s: float) -> None:
+        """Note a test's time: of what was set up for it, and of all else."""
         self._left[_function(test)] -= 1
-        self._took.setdefault(_function(test), []).append(seconds)
+        self._took.setdefault(_function(test), []).append((setup_s, rest_s))
 
     @property
     def seconds(self) -> float | None:
         """The time of all that is left; None before anything is known of any test."""
-        if not self._took and not self._known:
+        times = self._known | self.times
+        if not times:
             return None
-        of_any = mean([seconds for took in self._took.values() for seconds in took] or self._known.values())
-        expected = {function: mean(took) for function, took in self._took.items()} | self._known
-        expected |= {function: mean(took[1:]) for function, took in self._took.items() if len(took) > 1}
-        return sum(count * expected.get(function, of_any) for function, count in self._left.items())
+        of_any = mean(each for _, each in times.values())
+        total = 0.0
+        for function, left in self._left.items():
+            first, each = times.get(function, (of_any, of_any))
+            total += left * each + (first - each if left and function not in self._took else 0)
+        return total
 
     @property
-    def means(self) -> dict[str, float]:
-        """The mean time of a test of each function, for a later run."""
-        return {function: mean(took) for function, took in self._took.items()}
+    def times(self) -> dict[str, tuple[float, float]]:
+        """The two times of each function that has run, for a later run."""
+        return {function: (sum(took[0]), self._each(function)) for function, took in self._took.items()}
+
+    def _each(self, function: str) -> float:
+        (_, rest_s), *others = self._took[function]
+        if others:
+            return mean(map(sum, others))
+        return self._known[function][1] if function in self._known else rest_s
 
 
 def clock(seconds: float) -> str:
@@ -79,7 +89,7 @@ class Progress:
         self._ended: Counter[str] = Counter()
         self._failed: Counter[str] = Counter()
         self._subject: str | None = None
-        self._subject_began_s = self._test_began_s = self._told_s = 0.0
+        self._subject_began_s = self._test_began_s = self._setup_s = self._told_s = 0.0
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logstart(self, nodeid: str) -> None:
@@ -112,10 +122,13 @@ class Progress:
         if report.failed and self._in_place:
             self._rewrite("")
             self._reporter.rewrite(f"FAILED {report.nodeid}\n", red=True)
+        if report.when == "setup":
+            self._setup_s = report.duration
         if report.when == "teardown":
             self._ended[_subject(report.nodeid)] += 1
             self._failed[_subject(report.nodeid)] += self._journal.outcomes[report.nodeid] == FAILED
-            self._remaining.ended(report.nodeid, time.monotonic() - self._test_began_s)
+            rest_s = time.monotonic() - self._test_began_s - self._setup_s
+            self._remaining.ended(report.nodeid, self._setup_s, rest_s)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtestloop(self) -> Generator[None, object, object]:
@@ -174,13 +187,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     in_place = reporter.isatty and os.environ.get("TERM") != "dumb" and config.get_verbosity() <= 0
     run = run_of(config)
     cache: pytest.Cache | None = getattr(config, "cache", None)
-    key = f"epic_quant/seconds/{run.checkpoint.fingerprint}"
-    known: dict[str, float] = {} if cache is None else cache.get(key, {})
+    key = f"epic_quant/times/{run.checkpoint.fingerprint}"
+    known: dict[str, tuple[float, float]] = {} if cache is None else cache.get(key, {})
     remaining = Remaining(journal.planned, known)
     progress = Progress(reporter, journal, Path(run.name).name, remaining, in_place=in_place)
     config.pluginmanager.register(progress, "epic_quant progress")
     if cache is not None:
-        config.add_cleanup(lambda: cache.set(key, known | remaining.means))
+        config.add_cleanup(lambda: cache.set(key, known | remaining.times))
 
 
 def _function(test: str) -> str:

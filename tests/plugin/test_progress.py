@@ -17,28 +17,28 @@ def test_before_anything_is_known_nothing_is_said_of_the_time():
     assert Remaining(TESTS, {}).seconds is None
 
 
-def test_a_test_takes_as_long_as_those_of_its_function_without_the_first():
+def test_a_test_takes_as_long_as_those_of_its_function_without_what_the_first_set_up():
     remaining = Remaining(TESTS, {})
-    remaining.ended(TESTS[0], 10.0)
-    assert remaining.seconds == 4 * 10.0
-    remaining.ended(TESTS[1], 2.0)
-    # One more of the first function, and two of which only the mean of all is known.
-    assert remaining.seconds == 2.0 + 2 * 6.0
-    remaining.ended(TESTS[2], 4.0)
-    remaining.ended(TESTS[3], 1.0)
+    remaining.ended(TESTS[0], 9.0, 1.0)
+    assert remaining.seconds == 4 * 1.0
+    remaining.ended(TESTS[1], 0.5, 1.5)
+    # One more of the first function, and two of another, of which nothing else is known.
+    assert remaining.seconds == 2.0 + 2 * 2.0
+    remaining.ended(TESTS[2], 0.0, 4.0)
+    remaining.ended(TESTS[3], 5.0, 1.0)
     assert remaining.seconds == 1.0
-    remaining.ended(TESTS[4], 1.0)
+    remaining.ended(TESTS[4], 0.0, 1.0)
     assert remaining.seconds == 0
+    assert remaining.times == {"f.py::one": (10.0, 3.0), "f.py::two": (6.0, 1.0)}
 
 
 def test_an_earlier_run_is_believed_until_a_function_has_times_of_its_own():
-    remaining = Remaining(TESTS, {"f.py::one": 3.0, "f.py::two": 5.0, "f.py::gone": 9.0})
-    assert remaining.seconds == 3 * 3.0 + 2 * 5.0
-    remaining.ended(TESTS[0], 60.0)
-    assert remaining.seconds == 2 * 3.0 + 2 * 5.0
-    remaining.ended(TESTS[1], 4.0)
-    assert remaining.seconds == 4.0 + 2 * 5.0
-    assert remaining.means == {"f.py::one": 32.0}
+    remaining = Remaining(TESTS, {"f.py::one": (20.0, 3.0), "f.py::two": (7.0, 5.0), "f.py::gone": (9.0, 9.0)})
+    assert remaining.seconds == (20.0 + 2 * 3.0) + (7.0 + 5.0)
+    remaining.ended(TESTS[0], 60.0, 8.0)
+    assert remaining.seconds == 2 * 3.0 + (7.0 + 5.0)
+    remaining.ended(TESTS[1], 0.0, 4.0)
+    assert remaining.seconds == 4.0 + (7.0 + 5.0)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (754, "12:34"), (3723, "1:02:03")])
