@@ -28,8 +28,7 @@ from epic_quant.results.gate import Condition, Judgement, check_baseline, judge
 from epic_quant.results.reading import parse_run, read_run
 from epic_quant.results.run import Run
 
-# In a row of the table; standard errors are left to the report.
-_MOST_METRICS = 3
+_HEADLINE = "kl_divergence"
 
 
 @dataclass
@@ -139,8 +138,12 @@ def _facts(config: pytest.Config) -> dict[str, Any]:
     return facts(config) | {"failed": journal.failed, "missing": journal.missing}
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """A short table of what was measured, what failed its limit, and where the JSON and the report are."""
+    """A short table of what was measured, what failed its limit, and where the JSON and the report are.
+
+    It stands below pytest-benchmark's table of times, which may be long.
+    """
     records, ending = journal_of(config).records, config.stash[_ENDING]
     reason = untimed(config)
     if records or (reason and runs_benchmarks(config)) or ending.error:
@@ -186,18 +189,21 @@ def by_first_label(records: Iterable[Measured]) -> Table:
 
 
 def _table(rows: Iterable[tuple[str, str, Sequence[Measured]]]) -> Table:
-    cells = ((subject, name, _metrics(group), str(len(group)), _median(group)) for subject, name, group in rows)
-    return Table(("subject", "of", "measured", "records", "median time"), tuple(cells), num_text_columns=3)
+    cells = ((subject, name, *_headline(group), _median(group)) for subject, name, group in rows)
+    return Table(("subject", "of", "metric", "value", "median time"), tuple(cells), num_text_columns=3)
 
 
-def _metrics(group: Sequence[Measured]) -> str:
+def _headline(group: Sequence[Measured]) -> tuple[str, str]:
+    """The divergence, or where there is none the first metric that was measured, and its values."""
     values: dict[str, list[float]] = defaultdict(list)
     for one in group:
         for name, value in one.record.metrics.items():
             if value is not None:
                 values[name].append(value)
-    shown = [(name, found) for name, found in values.items() if not name.endswith("_se")][:_MOST_METRICS]
-    return "  ".join(f"{name} {_range(name, found)}" for name, found in shown) or MISSING
+    if not values:
+        return MISSING, MISSING
+    name = _HEADLINE if _HEADLINE in values else next(iter(values))
+    return name, _range(name, values[name])
 
 
 def _median(group: Sequence[Measured]) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,8 +38,8 @@ def test_the_run_ends_with_a_table_of_100_columns_and_says_where_everything_is(f
     lines = table_of(finished.printed)
     end = lines.index(f"JSON: {finished.path}")
     assert max(map(len, lines[: lines.index("")])) <= 100
-    assert any(line.startswith("weights    original-4") and "rel_l2 0." in line for line in lines[:end])
-    assert "values keep their limit" in "\n".join(lines[:end])
+    assert any(re.match(r"weights +original-4 +rel_l2 +0\.\d+…0\.\d+ ", line) for line in lines[:end])
+    assert "values within their limit" in "\n".join(lines[:end])
     assert f"report: {finished.report / 'COMPARISON.md'}" in lines[:end]
 
 
@@ -62,7 +63,7 @@ def test_a_value_over_its_limit_ends_pytest_with_status_1_and_the_json_is_there(
     status, printed = footprint(*limits, "--benchmark-json", out)
     assert status == 1
     lines = table_of(printed)
-    assert "1 of 6 values fail their limit" in lines
+    assert "1 of 6 values past their limit" in lines
     assert any(line.startswith("nbytes  footprint  policy=bf16,model=E4B,column=resident") for line in lines)
     assert f"report: python -m epic_quant.report {out}" in lines
     assert len(read_run(out).records) == 8
@@ -72,7 +73,7 @@ def test_a_run_is_held_to_an_older_one(footprint, finished, tmp_path):
     """No JSON is asked for; the two runs share bf16 and original-4."""
     status, printed = footprint("--baseline", finished.path, "--fail-if", "nbytes[policy=original-4,model=E4B]:+0%")
     assert status == 0, printed
-    assert "2 values keep their limit" in printed
+    assert "2 of 2 values within their limit" in printed
     assert "Against the baseline: " in printed
     older = json.loads(finished.path.read_text(encoding="utf-8"))
     for entry in older["benchmarks"]:
@@ -82,7 +83,7 @@ def test_a_run_is_held_to_an_older_one(footprint, finished, tmp_path):
     changed.write_text(json.dumps(older), encoding="utf-8")
     status, printed = footprint("--baseline", changed, "--fail-if", "nbytes[policy=original-4,model=E4B]:+0%")
     assert status == 1
-    assert "2 of 2 values fail their limit" in printed
+    assert "2 of 2 values past their limit" in printed
 
 
 def test_a_limit_that_selects_nothing_is_status_2(footprint):
@@ -95,7 +96,7 @@ def test_without_times_the_rest_is_measured_and_judged(footprint):
     status, printed = footprint("--benchmark-disable", "--fail-if", "nbytes[model=E4B]:1GB")
     assert status == 1
     assert "nothing was timed, since --benchmark-disable was given" in printed
-    assert "of 4 values fail their limit" in printed
+    assert "of 4 values past their limit" in printed
 
 
 def test_a_run_that_skips_everything_fails_its_limits(footprint):
@@ -181,10 +182,16 @@ def measured(policy, tokens, error, median):
 def test_the_table_has_a_row_for_each_policy_with_its_range():
     records = [measured("a", "1", 0.1, 1e-3), measured("a", "16", 0.25, 2e-3), measured("b", "1", 0.5, None)]
     assert by_first_label(records).rows == (
-        ("block", "a", "added_rel_l2 0.100…0.250  nbytes 5.00 MB", "2", "1.00…2.00 ms"),
-        ("block", "b", "added_rel_l2 0.500  nbytes 5.00 MB", "1", "—"),
+        ("block", "a", "added_rel_l2", "0.100…0.250", "1.00…2.00 ms"),
+        ("block", "b", "added_rel_l2", "0.500", "—"),
     )
     assert [row[1] for row in every_record(records).rows] == ["a 1", "a 16", "b 1"]
+
+
+def test_the_divergence_is_what_a_row_shows_where_there_is_one():
+    metrics = {"perplexity": 20.0, "kl_divergence": 0.02}
+    records = [Measured("test", Record("quality", {"policy": "a"}, metrics), SimpleNamespace(stats=None))]
+    assert by_first_label(records).rows == (("quality", "a", "kl_divergence", "0.0200 nat", "—"),)
 
 
 def test_a_long_policy_does_not_make_the_table_wider():

@@ -179,9 +179,9 @@ def gated(run_json, write_json, out, *options):
 
 def test_limits_that_are_kept_are_told_and_status_0(run_json, write_json, out, capsys):
     assert gated(run_json, write_json, out, "--fail-if", "kl_divergence[subject=quality]:0.5") == 0
-    assert capsys.readouterr().err == "5 values keep their limit\n"
+    assert capsys.readouterr().err == "5 of 5 values within their limit\n"
     text = (out / "COMPARISON.md").read_text(encoding="utf-8")
-    assert "Held to `kl_divergence[subject=quality]:0.5`: 5 values keep their limit." in text
+    assert "Held to `kl_divergence[subject=quality]:0.5`: 5 of 5 values within their limit." in text
 
 
 def test_a_limit_that_is_not_kept_is_status_1_a_table_and_a_report(run_json, write_json, out, capsys):
@@ -189,9 +189,9 @@ def test_a_limit_that_is_not_kept_is_status_1_a_table_and_a_report(run_json, wri
     assert gated(run_json, write_json, out, *options) == 1
     told = capsys.readouterr().err
     assert "kl_divergence  quality  policy=original-1.58" in told
-    assert "2 of 10 values fail their limit" in told
+    assert "2 of 10 values past their limit" in told
     assert max(map(len, told.splitlines())) <= 100
-    assert "2 of 10 values fail their limit" in (out / "COMPARISON.md").read_text(encoding="utf-8")
+    assert "2 of 10 values past their limit" in (out / "COMPARISON.md").read_text(encoding="utf-8")
 
 
 def test_a_baseline_stands_beside_the_run(run_json, write_json, out, tmp_path, capsys):

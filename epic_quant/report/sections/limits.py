@@ -22,8 +22,8 @@ def blocks(judged: Sequence[Judgement]) -> list[Block]:
 
 def summary(judged: Sequence[Judgement]) -> str:
     """One clause for a terminal or a sentence."""
-    failed = sum(one.fails for one in judged)
-    return f"{failed} of {len(judged)} values fail their limit" if failed else f"{len(judged)} values keep their limit"
+    failed, every = sum(one.fails for one in judged), len(judged)
+    return f"{failed} of {every} values past their limit" if failed else f"{every} of {every} values within their limit"
 
 
 def told(judged: Sequence[Judgement]) -> str:
