@@ -70,7 +70,7 @@ def block_weights(run, block_inputs, moments_for):
         key = (policy, layer_type)
         if key not in latest:
             latest.clear()
-            weights = policy.weights(run.checkpoint, moments_for(*policy.specs.values()))
+            weights = policy.weights(run.checkpoint, moments_for(*policy.all_specs))
             latest[key] = weights.layer(block_inputs[layer_type].spec.index)
         return latest[key]
 

@@ -34,22 +34,22 @@ def class_tensors(run):
 
 @pytest.fixture(scope="session")
 def errors(class_tensors, moments_for):
-    """Error and bytes of a class under a scheme, found once for all policies that agree on it."""
+    """Error and bytes of a class under a spec for each of its tensors, found once for all policies that agree."""
     found = {}
 
-    def measure(spec, tensor_class):
-        if (spec, tensor_class) not in found:
-            found[spec, tensor_class] = _measure(quantizer(spec), class_tensors(tensor_class), moments_for(spec))
-        return found[spec, tensor_class]
+    def measure(specs, tensor_class):
+        if (specs, tensor_class) not in found:
+            found[specs, tensor_class] = _measure(specs, class_tensors(tensor_class), moments_for(*set(specs)))
+        return found[specs, tensor_class]
 
     return measure
 
 
-def _measure(scheme, tensors, moments):
+def _measure(specs, tensors, moments):
     error = norm = nbytes = weights = 0
     by_tensor = {}
-    for name, weight in tensors:
-        quantized = scheme.quantize(weight, moments.get(name))
+    for spec, (name, weight) in zip(specs, tensors, strict=True):
+        quantized = quantizer(spec).quantize(weight, moments.get(name))
         tensor_error = squared_norm(quantized.dequantize() - weight.float())
         tensor_norm = squared_norm(weight)
         by_tensor[name] = relative(tensor_error, tensor_norm)
@@ -67,18 +67,18 @@ def timed_weight(class_tensors, tensor_class):
 
 
 @pytest.mark.parametrize("op", ["quantize", "dequantize"])
-def test_weights(op, policy, tensor_class, errors, moments_for, timed_weight, record, benchmark):
+def test_weights(op, policy, tensor_class, run, errors, moments_for, timed_weight, record, benchmark):
     """Relative L2 over every tensor of the class in every layer; then one tensor's conversion is timed."""
-    spec = policy.specs[TensorClass(tensor_class)]
-    metrics, details = errors(spec, TensorClass(tensor_class))
+    specs = tuple(policy.spec_of(tensor) for tensor in run.tensors_of(TensorClass(tensor_class)))
+    metrics, details = errors(specs, TensorClass(tensor_class))
     assert math.isfinite(metrics["rel_l2"])
     name, weight = timed_weight
     # What either way must move at the least, told in bf16 so that schemes compare.
     metrics = metrics | {"bytes_read": weight.nbytes}
-    labels = {"policy": policy.name, "tensor_class": tensor_class, "spec": spec, "op": op}
+    labels = {"policy": policy.name, "tensor_class": tensor_class, "spec": ", ".join(dict.fromkeys(specs)), "op": op}
     record("weights", labels, metrics, details if op == "quantize" else {})
-    scheme = quantizer(spec)
-    timed = partial(scheme.quantize, weight, moments_for(spec).get(name))
+    scheme = quantizer(specs[0])
+    timed = partial(scheme.quantize, weight, moments_for(specs[0]).get(name))
     if op == "dequantize":
         timed = partial(timed().dequantize, torch.bfloat16)
     benchmark.pedantic(timed, rounds=3, warmup_rounds=1)

@@ -42,7 +42,7 @@ def tensor_nbytes(policy: Policy, tensor: TextTensor) -> int:
     if tensor.tensor_class is None:
         return torch.empty(tensor.shape, dtype=torch.bfloat16, device="meta").nbytes
     rows, cols = tensor.shape
-    return round(rows * row_nbytes(policy.specs[tensor.tensor_class], cols))
+    return round(rows * row_nbytes(policy.spec_of(tensor), cols))
 
 
 def resident(policy: Policy, config: TextConfig, context: int) -> dict[str, int]:

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from epic_quant import machine
 from epic_quant.checkpoint import Checkpoint
-from epic_quant.gemma4.block import decoder_block
+from epic_quant.gemma4.block import decoder_block, num_scores
 from epic_quant.gemma4.config import TextConfig
 from epic_quant.gemma4.kv_store import ForwardKV
 from epic_quant.gemma4.model import attention_masks, rope_tables
 from epic_quant.gemma4.tensors import TextTensor, expected_tensors
-from epic_quant.policy import Policy
+from epic_quant.policy import UNQUANTIZED, Policy
 from epic_quant.quality import Variant
 from epic_quant.quality.passes import Memory, layer_numel, passes, quantized_numel, work
 from epic_quant.quality.variants import with_reference
 from epic_quant.quant import quantizer
 
 _PROBE_WEIGHTS = 2**20
-_PROBE_TOKENS, _PROBE_S = 512, 0.3
+_PROBE_TOKENS = 512
 
 
 def sampled_shape(tensor: TextTensor, sampled_rows: int | None) -> tuple[int, int]:
@@ -35,16 +35,11 @@ def sampled_shape(tensor: TextTensor, sampled_rows: int | None) -> tuple[int, in
 def plan(checkpoint: Checkpoint, config: TextConfig, policies: Iterable[Policy], sampled_rows: int | None) -> list[str]:
     """Lines for people: weights to quantize for each scheme and how long that takes, RAM, disk."""
     matrices = [tensor for tensor in expected_tensors(config) if tensor.tensor_class is not None and not tensor.dead]
-    pairs = {
-        (policy.specs[tensor_class], tensor_class) for policy in policies for tensor_class in policy.quantized_classes
-    }
+    quantized = {(policy.spec_of(tensor), tensor) for policy in policies for tensor in matrices}
+    pairs = {(spec, tensor.tensor_class) for spec, tensor in quantized if spec != UNQUANTIZED}
     lines, total_s = [], 0.0
     for spec in sorted({spec for spec, _ in pairs}):
-        sampled = [
-            math.prod(sampled_shape(tensor, sampled_rows))
-            for tensor in matrices
-            if (spec, tensor.tensor_class) in pairs
-        ]
+        sampled = [math.prod(sampled_shape(tensor, sampled_rows)) for said, tensor in quantized if said == spec]
         seconds = sum(sampled) * _seconds_a_weight(spec)
         total_s += seconds
         lines.append(f"  {spec}: {sum(sampled) / 1e6:,.1f} M weights, about {seconds:,.0f} s")
@@ -118,21 +113,23 @@ def _seconds_a_multiplication(config: TextConfig, window_tokens: int) -> float:
         kv = ForwardKV(config)
         decoder_block(hidden, weights, spec, config=config, ple=ple, rope=rope, blocked=blocked, kv=kv)
 
-    run()
-    start, rounds = time.perf_counter(), 0
-    while time.perf_counter() - start < _PROBE_S:
-        run()
-        rounds += 1
-    elapsed = time.perf_counter() - start
-    attention = 2 * tokens * spec.num_heads * spec.head_dim
-    return elapsed / (rounds * windows * tokens * (layer_numel(config)[spec.index] + attention))
+    attention = 2 * num_scores(spec, tokens) * spec.num_heads * spec.head_dim
+    return _seconds(run) / (windows * (tokens * layer_numel(config)[spec.index] + attention))
 
 
 def _seconds_a_weight(spec: str) -> float:
-    """Quantizing and decoding, a weight, measured on Gaussian noise."""
+    """Quantizing and decoding, a weight, on Gaussian noise."""
     weight = torch.randn(_PROBE_WEIGHTS // 1024, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
     probe = quantizer(spec.removesuffix("+gptq"))
-    probe.quantize(weight[:1]).dequantize()  # what a first call sets up is paid once, not for each weight
-    start = time.perf_counter()
-    probe.quantize(weight).dequantize()
-    return (time.perf_counter() - start) / _PROBE_WEIGHTS
+    return _seconds(lambda: probe.quantize(weight).dequantize()) / _PROBE_WEIGHTS
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """The best of three calls, since others use the machine too, after one for what is set up once."""
+    run()
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from torch import Tensor
@@ -11,31 +11,48 @@ from torch import Tensor
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import QuantizationError, SpecError, unknown
 from epic_quant.gemma4.config import TextConfig
-from epic_quant.gemma4.tensors import TensorClass, TextTensor
+from epic_quant.gemma4.tensors import TensorClass, TextTensor, expected_tensors
 from epic_quant.gemma4.weights import CheckpointWeights
 from epic_quant.kv import KVPolicy
+from epic_quant.layers import format_layers, parse_layers
 from epic_quant.ple import PLEPolicy
 from epic_quant.quant import Weight, quantizer
 
 UNQUANTIZED = "bf16"
+
+_OF_LAYERS = (
+    TensorClass.SLIDING_ATTENTION,
+    TensorClass.FULL_ATTENTION,
+    TensorClass.MLP,
+    TensorClass.PLE_PROJECTIONS,
+)
 
 
 @dataclass(frozen=True)
 class Policy:
     """A spec for every tensor class (`bf16` where none is said), a KV policy and a PLE policy.
 
-    `name` is only for people: two policies that store the same are equal.
+    `by_layer` has the layers whose tensors of a class have another spec than the class. `name` is only for people: two
+    policies that store the same are equal. Raises SpecError on a layer of a class that is in no layer.
     """
 
     name: str = field(compare=False)
     specs: Mapping[TensorClass, str]
     kv: KVPolicy = field(default_factory=KVPolicy)
     ple: PLEPolicy = field(default_factory=PLEPolicy)
+    by_layer: Mapping[tuple[TensorClass, int], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         said = {TensorClass(key): quantizer(spec).spec for key, spec in self.specs.items()}
         whole = {tensor_class: said.get(tensor_class, UNQUANTIZED) for tensor_class in TensorClass}
         object.__setattr__(self, "specs", MappingProxyType(whole))
+        if globals_ := [key for key, _ in self.by_layer if key not in _OF_LAYERS]:
+            raise SpecError(f"{globals_[0]} is in no layer")
+        others = {
+            (TensorClass(key), layer): quantizer(spec).spec for (key, layer), spec in sorted(self.by_layer.items())
+        }
+        others = {(key, layer): spec for (key, layer), spec in others.items() if spec != whole[key]}
+        object.__setattr__(self, "by_layer", MappingProxyType(others))
 
     def __hash__(self) -> int:
         return hash(str(self))
@@ -44,33 +61,77 @@ class Policy:
     def parse(cls, text: str) -> Policy:
         """Read a named policy, or `class=spec,…,kv=…,ple=…`; `str(policy)` is the inverse.
 
-        Raises SpecError on an unknown name, class or scheme, with the near ones, and on a class said twice.
+        `class@0-5+8=spec` is for those layers alone. Raises SpecError on an unknown name, class or scheme, with the
+        near ones, on a class or layer said twice, and on layers that are no numbers.
         """
         if text in NAMED:
             return NAMED[text]
         if "=" not in text:
             raise SpecError(unknown("policy", text, NAMED))
         said: dict[str, str] = {}
+        by_layer: dict[tuple[TensorClass, int], str] = {}
         for part in text.split(","):
             key, equals, value = part.partition("=")
             if not equals or not value:
                 raise SpecError(f"policy {text!r}: {part!r} is not of the form class=spec")
             if key in said:
                 raise SpecError(f"policy {text!r}: {key} is said twice")
-            if key not in (*TensorClass, "kv", "ple"):
-                raise SpecError(unknown("tensor class", key, [*TensorClass, "kv", "ple"]))
-            said[key] = value
+            tensor_class, at, layers = key.partition("@")
+            if tensor_class not in (*TensorClass, *(() if at else ("kv", "ple"))):
+                raise SpecError(unknown("tensor class", tensor_class, [*TensorClass, "kv", "ple"]))
+            if not at:
+                said[key] = value
+                continue
+            for layer in parse_layers(layers):
+                if (TensorClass(tensor_class), layer) in by_layer:
+                    raise SpecError(f"policy {text!r}: layer {layer} of {tensor_class} is said twice")
+                by_layer[TensorClass(tensor_class), layer] = value
         kv, ple = KVPolicy.parse(said.pop("kv", "bf16")), PLEPolicy.parse(said.pop("ple", "all"))
-        return cls(text, {TensorClass(key): spec for key, spec in said.items()}, kv, ple)
+        return cls(text, {TensorClass(key): spec for key, spec in said.items()}, kv, ple, by_layer)
 
     def __str__(self) -> str:
-        parts = [f"{key}={self.specs[key]}" for key in self.quantized_classes]
+        parts = []
+        for key in self.quantized_classes:
+            if self.specs[key] != UNQUANTIZED:
+                parts.append(f"{key}={self.specs[key]}")
+            others: dict[str, list[int]] = {}
+            for (tensor_class, layer), spec in self.by_layer.items():
+                if tensor_class is key:
+                    others.setdefault(spec, []).append(layer)
+            parts += [f"{key}@{format_layers(layers)}={spec}" for spec, layers in others.items()]
         return ",".join([*parts, f"kv={self.kv}", f"ple={self.ple}"])
 
     @property
     def quantized_classes(self) -> tuple[TensorClass, ...]:
-        """The classes that are not kept in bf16."""
-        return tuple(tensor_class for tensor_class, spec in self.specs.items() if spec != UNQUANTIZED)
+        """The classes that are not kept in bf16, or not in every layer."""
+        layered = {tensor_class for tensor_class, _ in self.by_layer}
+        return tuple(key for key, spec in self.specs.items() if spec != UNQUANTIZED or key in layered)
+
+    @property
+    def all_specs(self) -> set[str]:
+        """The specs of all classes, in any layer."""
+        return {*self.specs.values(), *self.by_layer.values()}
+
+    def spec_of(self, tensor: TextTensor) -> str:
+        """The spec that a tensor is stored in; `bf16` where it is in no class."""
+        if tensor.tensor_class is None:
+            return UNQUANTIZED
+        whole = self.specs[tensor.tensor_class]
+        return whole if tensor.layer is None else self.by_layer.get((tensor.tensor_class, tensor.layer), whole)
+
+    def at(self, layer: int) -> Policy:
+        """What holds for that layer, said for all."""
+        if not self.by_layer:
+            return self
+        here = {key: spec for (key, number), spec in self.by_layer.items() if number == layer}
+        return replace(self, specs={**self.specs, **here}, by_layer={})
+
+    def check(self, config: TextConfig) -> None:
+        """Raise SpecError where it names a layer that the model, or that class of it, does not have."""
+        there = {(tensor.tensor_class, tensor.layer) for tensor in expected_tensors(config)}
+        for tensor_class, layer in self.by_layer:
+            if (tensor_class, layer) not in there:
+                raise SpecError(f"{tensor_class}@{layer}: of {config.num_layers} layers there is none such")
 
     def weights(self, checkpoint: Checkpoint, moments: Mapping[str, Tensor] | None = None) -> PolicyWeights:
         """The checkpoint's weights under this policy; `moments` by canonical tensor name, for specs with `+gptq`."""
@@ -85,6 +146,7 @@ class PolicyWeights:
 
     def __init__(self, policy: Policy, checkpoint: Checkpoint, moments: Mapping[str, Tensor] | None = None) -> None:
         self._plain = CheckpointWeights(checkpoint)
+        policy.check(self._plain.config)
         self._policy = policy
         self._moments = moments or {}
 
@@ -111,7 +173,7 @@ class PolicyWeights:
         return weight if isinstance(weight, Tensor) else weight.dequantize()
 
     def _quantized(self, tensor: TextTensor, weight: Weight) -> Weight:
-        spec = UNQUANTIZED if tensor.tensor_class is None else self._policy.specs[tensor.tensor_class]
+        spec = self._policy.spec_of(tensor)
         if spec == UNQUANTIZED or not isinstance(weight, Tensor):
             return weight
         try:

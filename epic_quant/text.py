@@ -16,7 +16,7 @@ from epic_quant.gemma4.config import TextConfig
 def open_tokenizer(checkpoint: Checkpoint, config: TextConfig) -> Tokenizer:
     """The checkpoint's `tokenizer.json`.
 
-    Raises TokenError where there is none, or where it has ids that the model's table has not.
+    Raises TokenError where there is none, or where it has ids that the model's table has not, or not the model's BOS.
     """
     path = checkpoint.tokenizer_path
     if path is None:
@@ -28,6 +28,8 @@ def open_tokenizer(checkpoint: Checkpoint, config: TextConfig) -> Tokenizer:
     size = tokenizer.get_vocab_size()
     if size > config.vocab_size:
         raise TokenError(f"{path}: {size} tokens, but the model has {config.vocab_size}")
+    if tokenizer.id_to_token(config.bos_token_id) is None:
+        raise TokenError(f"{path}: no token {config.bos_token_id}, which is the model's BOS; is it another model's?")
     return tokenizer
 
 

@@ -66,3 +66,11 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(word_checkpoint,
     Tokenizer(models.WordLevel(vocab, unk_token="0")).save(str(word_checkpoint.tokenizer_path))
     with pytest.raises(TokenError, match=f"{size + 1} tokens, but the model has {size}"):
         token_windows(word_checkpoint, write(tmp_path, "1"), 1, 2)
+
+
+def test_a_tokenizer_without_bos_is_refused(word_checkpoint, tmp_path):
+    bos = TextConfig.read(word_checkpoint).bos_token_id
+    vocab = {str(number): number for number in range(10) if number != bos}
+    Tokenizer(models.WordLevel(vocab, unk_token="0")).save(str(word_checkpoint.tokenizer_path))
+    with pytest.raises(TokenError, match="no token 2, which is the model's BOS"):
+        token_windows(word_checkpoint, write(tmp_path, "1"), 1, 2)

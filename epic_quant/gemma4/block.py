@@ -5,7 +5,7 @@ In comments B is batch, S tokens of this forward, K keys attended to, H hidden_s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,11 @@ from epic_quant.gemma4.config import LayerSpec, TextConfig
 from epic_quant.gemma4.kv_store import ForwardKV
 from epic_quant.gemma4.rope import RopeTable, rotate
 from epic_quant.quant import Weight, linear
+
+# Queries that attend together at most; fewer where the window is shorter. More would compute more blocked scores, fewer
+# make products too small to be fast.
+_BLOCK_QUERIES = 128
+_KEYS = 64
 
 # Computes x @ weight.T, as `quant.linear` does; is also told the weight's name inside the layer.
 Linear = Callable[[Tensor, Weight, str], Tensor]
@@ -105,14 +110,49 @@ def _attention(x: Tensor, layer: _Layer, spec: LayerSpec, rope: RopeTable, block
     else:
         k, v = kv.read(spec)
 
+    blocked = blocked[:, -k.shape[-2] :]  # the K newest
+    mixed = [
+        _mixed_values(q[:, :, queries], k[:, :, keys], v[:, :, keys], blocked[queries, keys])
+        for queries, keys in query_blocks(spec, tokens, k.shape[-2])
+    ]
+    return layer.linear(torch.cat(mixed, dim=1), "self_attn.o_proj")
+
+
+def _mixed_values(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+    """softmax(q Kᵀ) V: q [B, num_heads, S, D], k and v [B, num_kv_heads, K, D] -> [B, S, num_heads * D]."""
+    batch, num_heads, tokens, head_dim = q.shape
     # Query heads that read one KV head stand together, so a group is one longer matrix and K need not be repeated.
-    q = q.reshape(batch, spec.num_kv_heads, -1, spec.head_dim)  # [B, num_kv_heads, group * S, D]
-    scores = (q @ k.mT).view(batch, spec.num_heads, tokens, -1)  # [B, num_heads, S, K]; the scale is 1
-    scores = scores.masked_fill(blocked[:, -k.shape[-2] :], -torch.inf)  # the K newest
-    shares = scores.softmax(dim=-1, dtype=torch.float32).to(x.dtype)
-    mixed = shares.view(batch, spec.num_kv_heads, -1, k.shape[-2]) @ v  # [B, num_kv_heads, group * S, D]
-    mixed = mixed.view(batch, spec.num_heads, tokens, spec.head_dim).transpose(1, 2).flatten(2)
-    return layer.linear(mixed, "self_attn.o_proj")
+    q = q.reshape(batch, k.shape[1], -1, head_dim)  # [B, num_kv_heads, group * S, D]
+    scores = (q @ k.mT).view(batch, num_heads, tokens, -1)  # [B, num_heads, S, K]; the scale is 1
+    scores = scores.masked_fill_(blocked, -torch.inf)
+    shares = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    mixed = shares.view(batch, k.shape[1], -1, k.shape[-2]) @ v  # [B, num_kv_heads, group * S, D]
+    return mixed.view(batch, num_heads, tokens, head_dim).transpose(1, 2).flatten(2)
+
+
+def query_blocks(spec: LayerSpec, tokens: int, keys: int) -> Iterator[tuple[slice, slice]]:
+    """Which of `tokens` queries attend together, and of `keys` keys those that any of them sees.
+
+    The last key is the last query's own; there are at least as many keys as queries. Causality and the window leave
+    most of a long text's scores blocked, and these blocks are what is computed of them. Keys go in whole lots of
+    `_KEYS`, so that a softmax adds a row up in the order in which it would add up the whole one: blocked keys are 0 in
+    it, and what remains stays in its lanes.
+    """
+    window = keys if spec.sliding_window is None else spec.sliding_window
+    step = min(-(-window // _KEYS) * _KEYS, _BLOCK_QUERIES)
+    own = keys - tokens  # of the first query
+    for first in range(0, tokens, step):
+        last = min(first + step, tokens)
+        oldest = max(0, own + first + 1 - window) // _KEYS * _KEYS
+        yield slice(first, last), slice(oldest, min(-(-(own + last) // _KEYS) * _KEYS, keys))
+
+
+def num_scores(spec: LayerSpec, tokens: int) -> int:
+    """Scores that a head computes for a text of `tokens` from its start, blocked ones among them."""
+    return sum(
+        (queries.stop - queries.start) * (keys.stop - keys.start)
+        for queries, keys in query_blocks(spec, tokens, tokens)
+    )
 
 
 def _mlp(x: Tensor, layer: _Layer) -> Tensor:

@@ -69,6 +69,8 @@ class Run:
             download=self.options.download,
         )
         self.config = TextConfig.read(self.checkpoint)
+        for policy in self.policies.values():
+            policy.check(self.config)
         self._file_names = text_tensors(self.checkpoint, self.config)
         self.nbytes = sum(self.checkpoint.nbytes(name) for name in self.checkpoint.names)
 
@@ -224,7 +226,7 @@ class Run:
         found: dict[str, Policy | Variant] = {
             name: policy
             for name, policy in self.policies.items()
-            if fitted or not any(quantizer(spec).gptq for spec in policy.specs.values())
+            if fitted or not any(quantizer(spec).gptq for spec in policy.all_specs)
         }
         return found | {NOISE_FLOOR: noise_floor()}
 

@@ -91,5 +91,7 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
     if "sensitivities" in planned and run.changes:
         variants = {name: change.variant() for name, change in run.changes.items()}
         lines += run.plan_of("sensitivity", variants, 2 * run.num_windows)
+    if recipes := sum("recipe_at" in getattr(item, "fixturenames", ()) for item in session.items if run.changes):
+        lines.append(f"recipes come of the sensitivities: up to {recipes} policies more, each as long as one above")
     print("\n".join([f"{len(session.items)} measurements would be made", *lines]))
     return True

@@ -12,6 +12,7 @@ import torch
 
 from epic_quant import machine
 from epic_quant.errors import TokenError
+from epic_quant.gemma4.block import num_scores, query_blocks
 from epic_quant.gemma4.config import TextConfig
 from epic_quant.gemma4.tensors import TensorClass, TextTensor, expected_tensors
 from epic_quant.policy import UNQUANTIZED
@@ -88,8 +89,13 @@ class Memory:
         windows = max(1, min(self.num_windows, BATCH_TOKENS // self.window_tokens))
         tokens = windows * self.window_tokens
         wide = max(3 * layer.intermediate_size for layer in self.config.layers) + 6 * self.config.hidden_size
-        heads = max(layer.num_heads for layer in self.config.layers)
-        attention = 3 * 4 * windows * heads * self.window_tokens**2
+        # Scores of a block of queries, their softmax, and one to spare.
+        scores: int = max(
+            layer.num_heads * (queries.stop - queries.start) * (keys.stop - keys.start)
+            for layer in self.config.layers
+            for queries, keys in query_blocks(layer, self.window_tokens, self.window_tokens)
+        )
+        attention = 3 * 4 * windows * scores
         return weights * 4 + weights * num_specs + 4 * tokens * wide + attention
 
     def _head_nbytes(self, num_tables: int) -> int:
@@ -143,8 +149,8 @@ def work(variants: Sequence[Variant], config: TextConfig, num_windows: int, wind
     layers = []
     for layer in config.layers:
         states = len({found[: layer.index + 2] for found in signatures})
-        attention = 2 * window_tokens * layer.num_heads * layer.head_dim
-        layers.append(states * tokens * (numel[layer.index] + attention))
+        attention = 2 * num_scores(layer, window_tokens) * layer.num_heads * layer.head_dim
+        layers.append(states * num_windows * (window_tokens * numel[layer.index] + attention))
     return [*layers, tokens * config.vocab_size * config.hidden_size * len(set(signatures))]
 
 

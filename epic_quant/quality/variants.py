@@ -39,12 +39,12 @@ class Variant:
 
     def at(self, layer: int) -> Policy:
         """The policy that holds for a layer."""
-        return self.by_layer.get(layer, self.policy)
+        return self.by_layer.get(layer, self.policy).at(layer)
 
     @property
     def specs(self) -> set[str]:
         """The specs of all classes, in any layer."""
-        return {spec for policy in (self.policy, *self.by_layer.values()) for spec in policy.specs.values()}
+        return {spec for policy in (self.policy, *self.by_layer.values()) for spec in policy.all_specs}
 
 
 def with_reference(policies: Mapping[str, Policy | Variant], config: TextConfig) -> dict[str, Variant]:
@@ -55,6 +55,8 @@ def with_reference(policies: Mapping[str, Policy | Variant], config: TextConfig)
     variants = {REFERENCE: Variant(_BF16)}
     for name, policy in policies.items():
         variant = policy if isinstance(policy, Variant) else Variant(policy)
+        for policy_of in (variant.policy, *variant.by_layer.values()):
+            policy_of.check(config)
         for layer in variant.by_layer:
             if not 0 <= layer < config.num_layers:
                 raise SpecError(f"{name}: there is no layer {layer}; expected 0 to {config.num_layers - 1}")

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from epic_quant import command_line
-from epic_quant.errors import RecipeError
 from epic_quant.recipe.assignment import Recipe, within_bits, within_resident
 from epic_quant.recipe.llama_cpp import BITS, nearest_type, tensor_type_arguments
 from epic_quant.results.reading import read_run
@@ -23,13 +22,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the recipe; 0, or 2 with one line on stderr where none can be made."""
     options = _parser().parse_args(arguments)
     by_layer = options.by == "layer"
-    if by_layer and options.format == "policy":
-        raise RecipeError("a policy string has one spec for all layers of a class; --by layer needs --format llama.cpp")
     run = read_run(options.json)
     if options.budget is not None:
-        recipe = within_resident(run, options.budget, by_layer)
+        recipe = within_resident(run, options.budget, by_layer, options.keep)
     else:
-        recipe = within_bits(run, options.bits, by_layer)
+        recipe = within_bits(run, options.bits, by_layer, options.keep)
     lines = list(_policy(run, recipe) if options.format == "policy" else _llama_cpp(run, recipe))
     print("\n".join(lines))
     return 0
@@ -83,8 +80,8 @@ def _told(recipe: Recipe) -> Iterator[str]:
 
 def _measured(run: Run, policy: str) -> tuple[float, float | None] | None:
     """Divergence on the evaluation text and its standard error, of a policy of the run that stores the same."""
-    for name, text in (run.facts.get("policy_strings") or {}).items():
-        if class_specs(str(text)) == class_specs(policy):
+    for name in run.labels("quality", "policy"):
+        if class_specs(run.policy_string(name)) == class_specs(policy):
             kl = run.value("quality", "kl_divergence", policy=name)
             if kl is not None:
                 return kl, run.value("quality", "kl_se", policy=name)
@@ -133,7 +130,17 @@ def _parser() -> argparse.ArgumentParser:
         help="a string for --policy, or arguments of llama.cpp's llama-quantize with its nearest types",
     )
     parser.add_argument(
-        "--by", choices=("class", "layer"), default="class", help="one spec for each class, or for each layer of it"
+        "--by",
+        choices=("class", "layer"),
+        default="class",
+        help="one spec for each class, or for each layer of it (needs a run with --by-layer)",
+    )
+    parser.add_argument(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="CLASS",
+        help="leave this class, or the kv_cache, in bf16 (repeatable)",
     )
     return parser
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 from epic_quant.errors import RecipeError
+from epic_quant.layers import format_layers
 from epic_quant.recipe.program import Option, assign, least_cost
 from epic_quant.results.run import Run
 from epic_quant.results.sensitivities import (
@@ -72,20 +73,34 @@ class Recipe:
 
     @property
     def policy(self) -> str:
-        """The policy string. Raises RecipeError where layers of a class differ: a policy has one spec a class."""
-        if any(unit.layer is not None for unit, _ in self.parts):
-            raise RecipeError("a policy string has one spec for all layers of a class")
-        said = {unit.tensor_class: choice.spec for unit, choice in self.parts if choice.spec != UNQUANTIZED}
+        """The policy string: of a class by layer the commonest spec, and after it what other layers have."""
+        layers: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+        said = {}
+        for unit, choice in self.parts:
+            if unit.layer is None:
+                said[unit.tensor_class] = choice.spec
+            else:
+                layers[unit.tensor_class][choice.spec].append(unit.layer)
+        for tensor_class, by_spec in layers.items():
+            commonest = max(by_spec, key=lambda spec: len(by_spec[spec]))
+            said[tensor_class] = commonest
+            said |= {
+                f"{tensor_class}@{format_layers(numbers)}": spec
+                for spec, numbers in by_spec.items()
+                if spec != commonest
+            }
         kv = said.pop(KV_CACHE, UNQUANTIZED)
         ple = [] if self.ple is None else [f"ple={self.ple}"]
-        return ",".join([*(f"{key}={spec}" for key, spec in said.items()), f"kv={kv}", *ple])
+        parts = [f"{key}={spec}" for key, spec in said.items() if spec != UNQUANTIZED or "@" in key]
+        return ",".join([*parts, f"kv={kv}", *ple])
 
 
-def within_resident(run: Run, budget: int, by_layer: bool = False) -> Recipe:
+def within_resident(run: Run, budget: int, by_layer: bool = False, keep: Collection[str] = ()) -> Recipe:
     """The best recipe whose resident bytes are at most `budget`: weights, PLE rows, norms and KV cache.
 
-    The run must hold the resident bytes of `bf16` by part, of which some do not depend on the choices. Raises
-    RecipeError where it does not, where there are no sensitivities, and on a budget below the smallest possible.
+    Classes in `keep`, or the `kv_cache`, stay as they are. The run must hold the resident bytes of `bf16` by part, of
+    which some do not depend on the choices. Raises RecipeError where it does not, where there are no sensitivities, and
+    on a budget below the smallest possible.
     """
     parts = _resident_parts(run)
     if parts is None:
@@ -93,7 +108,7 @@ def within_resident(run: Run, budget: int, by_layer: bool = False) -> Recipe:
             "the JSON does not tell the resident bytes of bf16 by part; give --bits, or make them with: "
             f"{MAKE_SENSITIVITIES}"
         )
-    units = _units(run, by_layer)
+    units = _units(run, by_layer, keep)
     fixed = _fixed_nbytes(parts, units)
     options = [[Option(c.resident_nbytes, c.kl_divergence) for c in unit.choices] for unit in units]
     smallest = fixed + least_cost(options)
@@ -102,13 +117,13 @@ def within_resident(run: Run, budget: int, by_layer: bool = False) -> Recipe:
     return _recipe(run, units, assign(options, budget - fixed))
 
 
-def within_bits(run: Run, bits: float, by_layer: bool = False) -> Recipe:
-    """The best recipe of at most `bits` bits a weight, on average over all classes that have sensitivities.
+def within_bits(run: Run, bits: float, by_layer: bool = False, keep: Collection[str] = ()) -> Recipe:
+    """The best recipe of at most `bits` bits a weight, on average over all classes that are not in `keep`.
 
     Tables count whole, wherever their rows are, and the KV cache stays as it is. Raises RecipeError where there are no
     sensitivities, and where that is below the smallest possible.
     """
-    units = [unit for unit in _units(run, by_layer) if unit.weights]
+    units = [unit for unit in _units(run, by_layer, keep) if unit.weights]
     if not units:
         raise RecipeError(f"the JSON holds sensitivities of the KV cache alone; make all with: {MAKE_SENSITIVITIES}")
     weights = sum(unit.weights for unit in units)
@@ -129,9 +144,13 @@ def _recipe(run: Run, units: Sequence[Unit], chosen: Sequence[int]) -> Recipe:
     return Recipe(parts, _ple(run), resident, math.fsum(choice.kl_divergence for _, choice in parts))
 
 
-def _units(run: Run, by_layer: bool) -> list[Unit]:
+def _units(run: Run, by_layer: bool, keep: Collection[str]) -> list[Unit]:
     """A unit for each class, or with `by_layer` for each layer of the classes that were measured by layer."""
     found = sensitivities(run, CALIBRATION)
+    known = {one.tensor_class: None for one in found}
+    if strange := [name for name in keep if name not in known]:
+        raise RecipeError(f"there are no sensitivities of {strange[0]!r} to leave out; there are of {', '.join(known)}")
+    found = [one for one in found if one.tensor_class not in keep]
     # One KV policy holds for all layers, here as in llama.cpp.
     layered = {one.tensor_class for one in found if one.layer is not None and one.tensor_class != KV_CACHE}
     layered = layered if by_layer else set()
@@ -193,6 +212,5 @@ def _fixed_nbytes(parts: Mapping[str, float], units: Sequence[Unit]) -> int:
 
 def _ple(run: Run) -> str | None:
     """As many PLE rows as `bf16` keeps in this run. Where those are fixed, the ones used last take the same bytes."""
-    text = (run.facts.get("policy_strings") or {}).get(UNQUANTIZED)
-    found = re.search(r"(?:^|,)ple=([^,]+)", str(text))
+    found = re.search(r"(?:^|,)ple=([^,]+)", run.policy_string(UNQUANTIZED))
     return found[1].replace("static:", "lru:") if found else None

@@ -48,6 +48,7 @@ class Cell:
 
 _COLOURS = tuple(LIGHT[name] for name in SERIES)
 _MARKERS = "osD^vp<>h"
+_LONGEST_LABEL = 20
 _GREY, _INK = LIGHT["muted"], LIGHT["ink"]
 
 _STYLE: dict[str, Any] = {
@@ -258,7 +259,8 @@ def draw_quality_over_bytes(points: Sequence[Point], front: Sequence[Point], flo
     axes.set_yscale("log")
     axes.set_ylim(_padded([*(point.y for point in points), *([] if floor is None else [floor])]))
     axes.plot([point.x for point in front], [point.y for point in front], color=_INK, lw=1.0, label="Pareto front")
-    for point in front:
+    # What has no short name is named where it is pointed at.
+    for point in (point for point in front if len(point.series) <= _LONGEST_LABEL):
         axes.annotate(
             point.series, (point.x, point.y), (-7, -2), textcoords="offset points", ha="right", va="top", fontsize=9
         )

@@ -31,6 +31,13 @@ class Run:
         first = [name for name in self.facts.get("policies") or () if name in found]
         return list(dict.fromkeys([*first, *found]))
 
+    def policy_string(self, name: str) -> str:
+        """What a policy of this run stores: as its records say, or the run's facts; else its name."""
+        for record in self.select("quality", policy=name):
+            if "policy" in record.details:
+                return str(record.details["policy"])
+        return str((self.facts.get("policy_strings") or {}).get(name, name))
+
     def value(self, subject: str, metric: str, /, **labels: str) -> float | None:
         """The metric of those records, their median where several measured the same; None where none did."""
         values = [record.metrics.get(metric) for record in self.select(subject, **labels)]

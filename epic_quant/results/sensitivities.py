@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from epic_quant.errors import ReportError
+from epic_quant.layers import parse_layers
 from epic_quant.records import Record
 from epic_quant.results.run import Run
 
@@ -57,20 +58,38 @@ def sensitivities(run: Run, text: str) -> list[Sensitivity]:
 def class_specs(policy: str) -> dict[str, str]:
     """What a policy string stores otherwise than in bf16, by class: `mlp=int4,kv=int8,ple=all` has two.
 
-    Which PLE rows are in RAM changes no value, so `ple` is not among them.
+    Layers of their own are a class each (`mlp@0-5`), and there bf16 is said too. Which PLE rows are in RAM changes no
+    value, so `ple` is not among them.
     """
     parts = (part.partition("=") for part in policy.split(","))
     return {
         KV_CACHE if key == "kv" else key: spec
         for key, equals, spec in parts
-        if equals and key != "ple" and spec != UNQUANTIZED
+        if equals and key != "ple" and (spec != UNQUANTIZED or "@" in key)
     }
 
 
 def predicted_divergence(run: Run, policy: str, text: str = CALIBRATION) -> float | None:
-    """The sum over a policy string's classes, in nats a token; None where one of them was not measured alone."""
-    alone = class_divergences(run, text)
-    parts = [alone.get((tensor_class, spec)) for tensor_class, spec in class_specs(policy).items()]
+    """The sum over a policy string's classes, in nats a token; None where one of them was not measured alone.
+
+    Of a class some of whose layers have a spec of their own, the sum is over its layers.
+    """
+    found = {(one.tensor_class, one.layer, one.spec): one.kl_divergence for one in sensitivities(run, text)}
+    said, own = {}, defaultdict[str, dict[int, str]](dict)
+    for key, spec in class_specs(policy).items():
+        tensor_class, at, layers = key.partition("@")
+        if at:
+            own[tensor_class] |= dict.fromkeys(parse_layers(layers), spec)
+        else:
+            said[tensor_class] = spec
+    units: list[tuple[str, int | None, str]] = [(key, None, spec) for key, spec in said.items() if key not in own]
+    for tensor_class, specs in own.items():
+        layers_measured = {layer for key, layer, _ in found if key == tensor_class and layer is not None}
+        units += [
+            (tensor_class, layer, specs.get(layer, said.get(tensor_class, UNQUANTIZED)))
+            for layer in sorted(layers_measured | specs.keys())
+        ]
+    parts = [found.get(unit) for unit in units if unit[2] != UNQUANTIZED]
     return None if None in parts else sum(part for part in parts if part is not None)
 
 

@@ -20,6 +20,12 @@ def token_ids() -> Tensor:
     return torch.randint(0, 120, (2, 17), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.fixture(scope="session")
+def long_token_ids() -> Tensor:
+    """A sequence of 300 tokens: more than attend together, on sliding layers and on full ones; [1, 300]."""
+    return torch.randint(0, 120, (1, 300), generator=torch.Generator().manual_seed(2))
+
+
 @pytest.fixture
 def facts() -> Callable[[str], Any]:
     """A fresh copy of a published fact sheet by its file name."""

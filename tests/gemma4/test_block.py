@@ -1,8 +1,12 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from epic_quant.checkpoint import Checkpoint
-from epic_quant.gemma4.block import plain_linear, rms_norm
+from epic_quant.gemma4.block import num_scores, plain_linear, query_blocks, rms_norm
 from epic_quant.gemma4.model import begin
 from epic_quant.gemma4.weights import CheckpointWeights
 from epic_quant.metrics import relative_l2
@@ -11,9 +15,11 @@ LIMITS = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=["fp32", "fp64"])
+@pytest.mark.parametrize("ids", ["token_ids", "long_token_ids"])
 @pytest.mark.parametrize("name", ["e4b", "e2b", "no_ple", "other_rope"])
-def test_each_layer_is_that_of_transformers(toy, reference, token_ids, name, dtype):
+def test_each_layer_is_that_of_transformers(toy, reference, request, name, ids, dtype):
     """Every layer alone, fed with their hidden state: sliding and full, owning and sharing."""
+    token_ids = request.getfixturevalue(ids)
     model = reference(name, dtype)
     outputs = {}
     hooks = [
@@ -31,6 +37,32 @@ def test_each_layer_is_that_of_transformers(toy, reference, token_ids, name, dty
             ours = forward.layer(fed, weights.layer(spec.index), spec)
             assert ours.dtype == dtype
             assert relative_l2(ours, expected) <= LIMITS[dtype], spec
+
+
+@given(
+    window=st.none() | st.integers(1, 700),
+    tokens=st.integers(1, 900),
+    before=st.integers(0, 300),
+    queries=st.integers(),
+)
+def test_a_query_attends_with_every_key_that_it_sees(window, tokens, before, queries):
+    """By the definition: its own key, and of those before it as many as the window holds."""
+    spec = SimpleNamespace(sliding_window=window)
+    query = queries % tokens
+    blocks = list(query_blocks(spec, tokens, before + tokens))
+    assert [one for queries, _ in blocks for one in range(tokens)[queries]] == list(range(tokens))
+    (keys,) = [keys for queries, keys in blocks if query in range(tokens)[queries]]
+    own = before + query
+    oldest = 0 if window is None else max(0, own + 1 - window)
+    assert 0 <= keys.start <= oldest <= own < keys.stop <= before + tokens
+
+
+def test_few_scores_are_computed_that_a_window_blocks():
+    """At E4B's window of 512 tokens; on full layers little more than the half that causality leaves."""
+    sliding, full = SimpleNamespace(sliding_window=512), SimpleNamespace(sliding_window=None)
+    assert num_scores(sliding, 2048) <= 2048 * (512 + 128)
+    assert num_scores(full, 2048) == 2048 * (2048 + 128) // 2
+    assert num_scores(full, 17) == num_scores(sliding, 17) == 17 * 17
 
 
 def test_a_block_leaves_its_input_as_it_was(toy, token_ids):

@@ -29,9 +29,11 @@ def theirs(model, token_ids) -> Tensor:
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("ids", ["token_ids", "long_token_ids"])
 @pytest.mark.parametrize(("weights", "name"), [(name, name) for name in TOYS], indirect=["weights"], ids=TOYS)
-def test_logits_are_those_of_transformers(weights, name, reference, token_ids, dtype, limit):
-    """On a batch of sequences longer than the window."""
+def test_logits_are_those_of_transformers(weights, name, reference, request, ids, dtype, limit):
+    """On a batch of sequences longer than the window, and on one that attends in several blocks."""
+    token_ids = request.getfixturevalue(ids)
     logits = TextModel(weights, dtype).logits(token_ids)
     assert logits.dtype == dtype
     assert relative_l2(logits, theirs(reference(name, dtype), token_ids)) <= limit
@@ -110,15 +112,24 @@ class PlainCache:
         return self._v[layer]
 
 
-LOTS = {"at once": [17], "one by one": [1] * 17, "prefill, then decode": [9] + [1] * 8, "in lots": [4, 5, 1, 7]}
+LOTS = {
+    "at once": [17],
+    "one by one": [1] * 17,
+    "prefill, then decode": [9] + [1] * 8,
+    "in lots": [4, 5, 1, 7],
+    # Here queries attend in several blocks.
+    "long at once": [300],
+    "long prefill, then decode": [298, 1, 1],
+    "long in lots": [70, 5, 1, 200, 24],
+}
 
 
 @pytest.mark.parametrize("windowed", [True, False], ids=["windowed", "all kept"])
 @pytest.mark.parametrize("lots", LOTS.values(), ids=LOTS)
 @pytest.mark.parametrize("weights", ["e4b", "e2b", "no_sharing"], indirect=True)
-def test_a_lossless_cache_changes_nothing(weights, token_ids, lots, windowed):
-    """However the 17 tokens come, nearly three windows of them, logits are those of one forward."""
-    model, ids = TextModel(weights), token_ids[:1]
+def test_a_lossless_cache_changes_nothing(weights, long_token_ids, lots, windowed):
+    """However the tokens come, nearly three windows of them or many more, logits are those of one forward."""
+    model, ids = TextModel(weights), long_token_ids[:, : sum(lots)]
     cache, parts, start = PlainCache(model.config, windowed), [], 0
     for lot in ids.split(lots, dim=1):
         parts.append(model.logits(lot, cache, start))

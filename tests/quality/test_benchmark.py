@@ -14,6 +14,8 @@ from epic_quant.gemma4.tensors import TensorClass
 from epic_quant.records import JSON_KEY, Record
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+BY_LAYER = "mlp=int4,mlp@0-2+7=int8"
+RECIPES = [f"recipe at {policy}, K and V {kv}" for policy in ("mlp=int4", BY_LAYER) for kv in ("in bf16", "chosen")]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def options(toy, tmp_path_factory):
         text = " ".join(str(4 + number * step % 100) for number in range(60))
         (folder / f"{name}.txt").write_text(text, encoding="utf-8")
     texts = ["--text", folder / "evaluation.txt", "--calibration-text", folder / "calibration.txt"]
-    policies = ["--policy", "mlp=int4", "--kv-policy", "int4", "--context", "100"]
+    policies = ["--policy", "mlp=int4", "--policy", BY_LAYER, "--kv-policy", "int4", "--context", "100"]
     return ["--checkpoint", folder, *texts, *policies, "--windows", "2", "--window-tokens", "12"]
 
 
@@ -51,14 +53,43 @@ def finished(options, tmp_path_factory):
 
 def test_every_policy_and_the_noise_floor_are_recorded(finished):
     records = {record.labels["policy"]: record for record in finished[1] if record.subject == "quality"}
-    assert set(records) == {"bf16", "mlp=int4", "bf16-compute"}
+    assert set(records) == {"bf16", "mlp=int4", BY_LAYER, "bf16-compute", *RECIPES}
     assert records["bf16"].metrics["kl_divergence"] == 0
     assert records["mlp=int4"].metrics["kl_divergence"] > records["bf16-compute"].metrics["kl_divergence"] > 0
-    assert records["mlp=int4"].metrics["nbytes"] < records["bf16"].metrics["nbytes"]
+    order = ["mlp=int4", BY_LAYER, "bf16"]
+    assert order == sorted(order, key=lambda name: records[name].metrics["nbytes"])
+    assert order == sorted(order, key=lambda name: -records[name].metrics["kl_divergence"])
     for record in records.values():
         assert record.metrics["resident_nbytes"] == sum(record.details["parts"].values())
         assert record.details["num_tokens"] == 2 * 11
         assert all(math.isfinite(value) for value in record.metrics.values())
+
+
+def test_recipes_keep_to_the_bytes_of_the_policy_they_stand_beside(finished):
+    """And predict what the single classes have on the text of calibration, of those that they quantize."""
+    records = {record.labels["policy"]: record for record in finished[1] if record.subject == "quality"}
+    alone = {
+        (record.labels["tensor_class"], record.labels["spec"]): record.metrics["kl_divergence"]
+        for record in finished[1]
+        if record.subject == "sensitivity" and record.labels["text"] == "calibration"
+    }
+    for name in RECIPES:
+        record = records[name]
+        at = records[record.details["recipe_at"]]
+        assert name.startswith(f"recipe at {at.labels['policy']}, ")
+        assert record.metrics["resident_nbytes"] <= at.metrics["resident_nbytes"]
+        said = dict(part.split("=", 1) for part in record.details["policy"].split(","))
+        assert said.pop("kv") in (("bf16",) if name.endswith("bf16") else ("bf16", "int4"))
+        assert said.pop("ple") == "lru:5000", "as many rows as bf16 keeps"
+        if name.endswith("bf16"):
+            assert record.metrics["predicted_kl_divergence"] == pytest.approx(sum(alone[part] for part in said.items()))
+
+
+def test_recipes_alone_can_be_made(options, tmp_path):
+    """Their sensitivities and qualities are measured for them."""
+    status, printed = pytest_run(*options, "-k", "test_recipe", "--benchmark-json", tmp_path / "out.json")
+    assert status == 0, printed
+    assert "4 passed" in printed
 
 
 def test_every_change_is_recorded_on_both_texts(finished):
@@ -78,9 +109,10 @@ def test_every_change_is_recorded_on_both_texts(finished):
 
 
 def test_the_plan_is_told_and_states_are_kept(finished):
-    assert "quality, 3 policies with the reference on 2 windows of 12 tokens: 1 pass" in finished[0]
+    assert "quality, 4 policies with the reference on 2 windows of 12 tokens: 1 pass" in finished[0]
     assert "sensitivity, 44 policies with the reference on 4 windows of 12 tokens: 1 pass" in finished[0]
-    assert sorted(path.name for path in finished[2].iterdir()) == ["quality.safetensors", "sensitivity.safetensors"]
+    names = ["quality.safetensors", "recipe.safetensors", "sensitivity.safetensors"]
+    assert sorted(path.name for path in finished[2].iterdir()) == names
 
 
 def test_a_plan_alone_counts_layers_where_they_are_asked_for(options):
@@ -88,6 +120,32 @@ def test_a_plan_alone_counts_layers_where_they_are_asked_for(options):
     assert status == 0, printed
     # 43 changes of everything; 10 + 2 attention layers, and 12 of the MLP and the PLE projections, by six; six owners.
     assert f"sensitivity, {1 + 43 + 6 * (10 + 2 + 12 + 12) + 6} policies" in printed
+    assert "up to 4 policies more" in printed
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--windows", "9"], "60 tokens, but 9 windows of 12 need 99"),
+        (["--memory", "1kB"], "are allowed; take fewer windows or more memory"),
+        (["--policy", "mlp@12=int4"], "mlp@12: of 12 layers there is none such"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(wrong, said, options, tmp_path):
+    """However many measurements rest on it."""
+    status, printed = pytest_run(*options, *wrong, "-q", "--benchmark-json", tmp_path / "out.json")
+    assert status == 2
+    assert said in printed
+    assert "Traceback" not in printed
+    assert len(printed.splitlines()) < 40
+
+
+def test_the_state_of_other_policies_ends_the_run(options, finished):
+    status, printed = pytest_run(
+        *options, "--policy", "mlp=int3", "--resume", finished[2], "-k", "test_quality and bf16"
+    )
+    assert status == 2
+    assert "the state of a run with other policies, which differ in mlp=int3" in printed
 
 
 def test_a_size_that_is_none_is_refused(options):

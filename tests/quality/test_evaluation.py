@@ -4,6 +4,7 @@ from dataclasses import astuple
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import CheckpointError, QuantizationError, SpecError, TokenError
@@ -14,6 +15,8 @@ from epic_quant.kv import KVCache
 from epic_quant.metrics import kl_divergence
 from epic_quant.policy import NAMED, Policy
 from epic_quant.quality import NOISE_FLOOR, REFERENCE, Variant, evaluate, measure
+from epic_quant.quality.passes import work
+from epic_quant.quality.variants import with_reference
 
 TOYS = ["e4b", "e2b", "no_ple", "no_sharing", "other_rope"]
 POLICIES = {
@@ -140,6 +143,43 @@ def layers_read(monkeypatch):
 def test_all_policies_take_one_read_of_every_layer(toy_checkpoint, windows, layers_read):
     evaluate(toy_checkpoint, POLICIES, windows)
     assert layers_read == list(range(12))
+
+
+def test_the_bytes_of_layers_are_read_once_for_all_policies(toy_checkpoint, windows, monkeypatch):
+    read, tensor = [], Checkpoint.tensor
+    monkeypatch.setattr(Checkpoint, "tensor", lambda self, name: read.append(name) or tensor(self, name))
+    evaluate(toy_checkpoint, POLICIES, windows)
+    weights = CheckpointWeights(toy_checkpoint)
+    live = {t.name for t in weights.tensors.values() if t.layer is not None and not t.dead}
+    asked = [name.removeprefix("model.") for name in read if ".layers." in name]
+    assert sorted(asked) == sorted(live)
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_multiplications_grow_linearly_with_tokens_and_policies(number, toy_checkpoint, windows):
+    """Those that torch really does, which are also the ones that the plan counts: of layers and of the head.
+
+    What comes before the first layer is done once for every distinct token, however many there are of it.
+    """
+    policies = [Policy.parse(f"sliding_attention=int{bits}") for bits in (3, 4, 5, 6)][:number]
+    variants = {str(policy): policy for policy in policies}
+    config = CheckpointWeights(toy_checkpoint).config
+    model_projection = config.num_layers * config.ple_dim * config.hidden_size
+
+    def done(windows):
+        with FlopCounterMode(display=False) as counter:
+            measure(toy_checkpoint, variants, windows)
+        return counter.get_total_flops() // 2 - len(windows.unique()) * model_projection
+
+    def planned(windows):
+        head = (
+            config.vocab_size * config.hidden_size * len(windows) * (1 + number)
+        )  # of the last token nothing is asked
+        return sum(work(list(with_reference(variants, config).values()), config, *windows.shape)) - head
+
+    alone = planned(windows) // (1 + number)  # as much for each policy as for the reference
+    assert done(windows) == planned(windows) == (1 + number) * alone
+    assert done(windows.repeat(2, 1)) == 2 * done(windows)
 
 
 def test_less_memory_takes_more_passes_to_the_same_bits(toy_checkpoint, windows, layers_read, tight_memory):

@@ -65,8 +65,9 @@ def test_work_is_shared_until_policies_differ():
     tokens, window = 2 * 512, 512
 
     def layer_work(layer):
-        attention = 2 * window * E4B.layers[layer].num_heads * E4B.layers[layer].head_dim
-        return tokens * (LAYER_WEIGHTS[layer] + attention)
+        # 128 queries at a time against the keys up to theirs.
+        scores = 2 * 128 * (128 + 256 + 384 + 512) * E4B.layers[layer].num_heads
+        return tokens * LAYER_WEIGHTS[layer] + 2 * scores * E4B.layers[layer].head_dim
 
     def states(*policies):
         *layers, head = work(list(with_reference({str(p): p for p in policies}, E4B).values()), E4B, 2, window)
@@ -144,15 +145,16 @@ def test_the_plan_tells_passes_time_ram_and_disk(toy_checkpoint):
 
 
 TOKENS = 2048
-# Two that own K and V, and two that share them.
-LAYER_TYPES = ["sliding_attention", "full_attention"] * 2
+# One of each type that owns K and V, and one that shares them.
+LAYER_TYPES = ["sliding_attention", "full_attention", "full_attention"]
 
 
 @pytest.fixture
 def few_layers_of_e4b(tmp_path):
-    """A checkpoint of E4B's shapes with four layers, random weights and the whole vocabulary."""
+    """A checkpoint of E4B's shapes with three layers, random weights, and an eighth of the vocabulary."""
     text = E4B_JSON["text_config"]
-    few = {"num_hidden_layers": 4, "layer_types": LAYER_TYPES, "num_kv_shared_layers": 2}
+    few = {"num_hidden_layers": 3, "layer_types": LAYER_TYPES, "num_kv_shared_layers": 1}
+    few |= {"vocab_size": 2**15, "vocab_size_per_layer_input": 2**15}
     (tmp_path / "config.json").write_text(json.dumps(E4B_JSON | {"text_config": text | few}), encoding="utf-8")
     config = TextConfig.from_json(E4B_JSON | {"text_config": text | few})
     rng = torch.Generator().manual_seed(0)
@@ -191,21 +193,30 @@ class Peak:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell anonymous memory")
-def test_four_policies_on_2048_tokens_of_e4bs_layers_take_less_than_6_gb(few_layers_of_e4b):
-    """The growth of the process's peak anonymous memory, and that it is within what the plan allows for.
+def test_four_policies_on_2048_tokens_of_e4bs_layers_take_less_than_6_gb(few_layers_of_e4b, capsys):
+    """The growth of the process's anonymous memory at its peak is what the plan allows for, which for E4B is less.
 
-    For all 42 layers nothing grows but the PLE inputs, which the plan counts: 2048 tokens × 42 layers × 256 × 4 bytes
-    are 88 MB, and as much again while they are made. What waits of a policy is 2048 × (2560 × 4 of hidden state + 12288
-    of the K and V that layers 24 to 41 share) = 46 MB, so five with the reference take 0.23 GB; the largest layer is
-    97 M weights, 0.39 GB decoded to fp32 and at most 0.1 GB quantized under each spec; a window's scores are
-    8 × 2048² × 4 bytes = 0.13 GB, three times in a softmax. Together some 2 GB.
+    With all 42 layers nothing grows but the PLE inputs: 2048 tokens × 42 layers × 256 × 4 bytes are 88 MB, and as much
+    again while they are made. What waits of a policy is 2048 × (2560 × 4 of hidden state + 12288 of the K and V that
+    layers 24 to 41 share) = 46 MB, so five with the reference take 0.23 GB; the largest layer is 97 M weights, 0.39 GB
+    decoded to fp32 and at most 0.1 GB quantized under each spec. A larger vocabulary goes by in more slices as large.
     """
-    windows = torch.randint(3, 262_144, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    windows = torch.randint(3, 2**15, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     windows[:, 0] = 2
     policies = {name: NAMED[name] for name in ("int8", "int4-g128", "original-4", "int3-g128")}
-    with Checkpoint.open(few_layers_of_e4b) as checkpoint, Peak() as peak:
-        measure(checkpoint, policies, windows, memory_nbytes=6 * 10**9)
-    memory = Memory(E4B, 1, TOKENS)
-    planned = memory.nbytes(memory.needs(with_reference(policies, E4B)).values())
-    assert planned < 6 * 10**9
-    assert peak.nbytes < min(6 * 10**9, 1.5 * planned)
+
+    def planned(config):
+        memory = Memory(config, 1, TOKENS)
+        return memory.nbytes(memory.needs(with_reference(policies, config)).values())
+
+    with Checkpoint.open(few_layers_of_e4b) as checkpoint:
+        few = planned(TextConfig.read(checkpoint))
+        with Peak() as peak:
+            measure(checkpoint, policies, windows, memory_nbytes=6 * 10**9)
+    with capsys.disabled():
+        print(
+            f"\npeak anonymous memory of 4 policies on {TOKENS} tokens of 3 layers of E4B's shape: "
+            f"{peak.nbytes / 1e9:.2f} GB, planned {few / 1e9:.2f} GB; planned for all 42: {planned(E4B) / 1e9:.2f} GB"
+        )
+    assert peak.nbytes <= few
+    assert planned(E4B) < 6 * 10**9

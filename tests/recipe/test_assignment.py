@@ -6,6 +6,7 @@ from epic_quant.errors import RecipeError
 from epic_quant.recipe.assignment import within_bits, within_resident
 from epic_quant.records import JSON_KEY, Record
 from epic_quant.results.reading import read_run
+from epic_quant.results.sensitivities import class_specs, predicted_divergence
 
 from .conftest import BITS, DIVERGENCES, PARTS, WHOLE, entry, sensitivity, stored
 
@@ -41,6 +42,19 @@ def test_no_other_assignment_of_as_many_resident_bytes_diverges_less(budget, run
     (counted,) = (one for one in every_assignment() if one[0] == specs_of(recipe))
     assert recipe.resident_nbytes == counted[3] <= budget
     assert recipe.nbytes == counted[2]
+
+
+def test_what_is_kept_stays_as_it_is(run):
+    recipe = within_resident(run, 160_000, keep=["mlp"])
+    kept = [one for one in every_assignment() if one[0]["mlp"] == "bf16" and one[3] <= 160_000]
+    assert recipe.predicted == pytest.approx(min(one[1] for one in kept))
+    assert recipe.resident_nbytes == next(one[3] for one in kept if one[0].items() >= specs_of(recipe).items())
+    assert "mlp" not in recipe.policy
+
+
+def test_what_is_not_there_cannot_be_kept(run):
+    with pytest.raises(RecipeError, match="no sensitivities of 'mpl' to leave out; there are of full_attention, mlp"):
+        within_resident(run, 10**9, keep=["mpl"])
 
 
 @pytest.mark.parametrize("bits", [2.0, 4.2, 5.5, 8.0, 16.0])
@@ -100,8 +114,9 @@ def test_a_class_by_layer_gets_a_spec_for_each_layer(data, write):
     mlp = {unit.layer: choice.spec for unit, choice in recipe.parts if unit.tensor_class == "mlp"}
     assert mlp == {0: "int8-g128", 2: "int4-g128"}
     assert recipe.resident_nbytes <= 91_500
-    with pytest.raises(RecipeError, match="one spec for all layers"):
-        _ = recipe.policy
+    specs = class_specs(recipe.policy)
+    assert {specs.get("mlp@0", specs["mlp"]), specs.get("mlp@2", specs["mlp"])} == set(mlp.values())
+    assert predicted_divergence(run, recipe.policy) == pytest.approx(recipe.predicted)
     assert [unit.layer for unit, _ in within_resident(run, 110_000).parts] == [None, None, None]
 
 

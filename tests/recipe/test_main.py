@@ -102,8 +102,8 @@ def without_sensitivities(data):
         (without_sensitivities, ["--budget", "1GB"], "pytest benchmarks/test_quality.py --benchmark-json out.json"),
         (lambda data: None, ["--budget", "1kB"], "the least that these specs need is"),
         (lambda data: None, ["--bits", "1"], "the least that these specs need is 1.75"),
-        (lambda data: None, ["--bits", "4", "--by", "layer"], "--by layer needs --format llama.cpp"),
-        (lambda data: None, ["--bits", "4", "--by", "layer", "--format", "llama.cpp"], "--by-layer"),
+        (lambda data: None, ["--bits", "4", "--keep", "kv"], "no sensitivities of 'kv' to leave out"),
+        (lambda data: None, ["--bits", "4", "--by", "layer"], "no sensitivities by layer; make them with: pytest"),
         (lambda data: data[JSON_KEY].update(layer_types="x"), ["--bits", "4"], "layer_types must be a list of names"),
     ],
 )

@@ -20,6 +20,7 @@ DRAWINGS = {
     "time over bytes": lambda points: plots.time_over_bytes(points, 12.5),
     "time over bytes, bandwidth unknown": lambda points: plots.time_over_bytes(points, None),
     "divergence over bytes": lambda points: plots.divergence_over_bytes(points),
+    "hits over bytes": lambda points: plots.hits_over_bytes(points, points[:1], "z"),
 }
 
 

@@ -173,6 +173,51 @@ def test_a_better_policy_of_fewer_bytes_is_named_beyond_a_standard_error(diverge
     assert ("worse than `int4-g128`" in findings(report(data))) is beaten
 
 
+def made_recipe(at, kv, divergence, nbytes):
+    policy = "sliding_attention=int4-g128,mlp=int4-g128,kv=bf16,ple=lru:5000"
+    metrics = {"kl_divergence": divergence, "kl_se": divergence / 20, "resident_nbytes": nbytes}
+    return Record(
+        "quality", {"policy": f"recipe at {at}, {kv}"}, metrics, {"recipe_at": at, "kv": kv, "policy": policy}
+    )
+
+
+@pytest.fixture
+def with_made(run_json):
+    """A recipe at each policy's bytes: at the original's far better, at int4-g128's half as good."""
+    data = run_json("quality", "sensitivity")
+    for at, divergence, nbytes in (("original-1.58", 0.02, 25_700_000), ("int4-g128", 0.04, 26_650_000)):
+        add(data, made_recipe(at, "in bf16", divergence, nbytes))
+    return data
+
+
+def test_recipes_stand_beside_the_policy_whose_bytes_they_take(with_made, report):
+    blocks = report(with_made)
+    row = table(blocks, "Recipes")["original-1.58"]
+    assert list(row.values())[1:8] == ["in bf16", "0.500", "25.7", "0.0180", "0.0200", "1.11", "✓"]
+    assert row["recipe"].startswith("`sliding_attention=int4-g128,mlp")
+    # That it takes a little less than the policy is no excuse.
+    assert table(blocks, "Recipes")["int4-g128"]["against as many bytes"] == "✗ `int4-g128`"
+    assert f"recipe 1, `{RECIPE}" in table(blocks, "Recipes", 1)
+
+
+def test_what_recipes_at_the_bytes_of_policies_come_to_is_computed(with_made, report):
+    said = findings(report(with_made))
+    assert (
+        "Recipes at the bytes of named policies, K and V in bf16: 1 of 2 are no worse than any named policy of as many "
+        "bytes or fewer, within one standard error; measured / predicted is 1.11 to 2.22, for 1 of 2 within a factor "
+        "of 2; KL divergence comes down from 0.500 to 0.0200 at those of `original-1.58`." in said
+    )
+
+
+def test_made_recipes_are_drawn_and_are_on_the_front(with_made, report, drawn):
+    add(with_made, made_recipe("original-1.58", "chosen", 0.001, 25_600_000))
+    blocks = report(with_made)
+    points, least, _ = drawn["quality_over_bytes"]
+    assert {point.series for point in points} >= {"recipes, K and V in bf16", "recipes, K and V chosen", "recipe 1"}
+    assert (least[0].x, least[0].y) == (25.6, 0.001)
+    assert not any(name.startswith("recipe at") for name in table(blocks, "Quality"))
+
+
 def test_a_prediction_that_is_far_off_is_told(run_json, report):
     data = change(run_json("quality", "sensitivity"), "quality", lambda r: r["metrics"].update(kl_divergence=0.2))
     assert "not within a factor of 2" in findings(report(data))

@@ -22,7 +22,7 @@ def blocks(write_json):
 
 
 def rows(blocks):
-    (table,) = [block for block in blocks if isinstance(block, Table)]
+    table = next(block for block in blocks if isinstance(block, Table))
     return [dict(zip(table.columns, row, strict=True)) for row in table.rows]
 
 
@@ -56,9 +56,8 @@ def test_the_reason_is_the_gain_over_the_next_smaller_and_what_is_beaten(run_jso
     said = [row["why"] for row in rows(blocks(quality(run_json(), policies)))]
     assert said == [
         "the smallest that was measured",
-        "2.00× less error for 5.0 MB more than `small`; better than `worse` (3.00× the error), which need as much or "
-        "more",
-        "no error for 15.0 MB more than `middle`",
+        "2.00× less error for 5.0 MB more than the next smaller; better than `worse` (3.00× the error), no smaller",
+        "no error for 15.0 MB more than the next smaller",
     ]
 
 
@@ -66,8 +65,29 @@ def test_a_gain_within_the_noise_is_called_that(run_json, blocks):
     policies = {"small": (10, 0.51), "big": (20, 0.5), "bf16-compute": (20, 0.6)}
     said = [row["why"] for row in rows(blocks(quality(run_json(), policies)))]
     assert said[1] == (
-        "1.02× less error for 10.0 MB more than `small`, within one standard error; "
+        "1.02× less error for 10.0 MB more than the next smaller, within one standard error; "
         "no more than computing in bf16 changes"
+    )
+
+
+def test_what_is_passed_over_is_told_by_its_name_best_first_and_no_more_than_two(run_json, blocks):
+    policies = {"mlp=int4,kv=bf16,ple=all": (12, 0.6), "chosen": (10, 0.5)}
+    policies |= {name: (11, error) for name, error in (("c", 3.0), ("a", 1.0), ("b", 2.0))}
+    (row,) = rows(blocks(quality(run_json(), policies)))
+    assert row["why"].endswith("better than `a` (2.00× the error), `b` (4.00× the error) and 2 more, no smaller")
+
+
+def test_a_recipe_has_the_string_that_can_be_given_as_a_policy(run_json, blocks):
+    data = quality(run_json(), {"int4-g128": (26, 0.1), "mlp=int4,kv=bf16,ple=all": (25, 0.2)})
+    details = {"recipe_at": "int4-g128", "kv": "in bf16", "policy": "mlp=int3,kv=bf16,ple=all"}
+    metrics = {"resident_nbytes": 24e6, "kl_divergence": 0.3}
+    record = Record("quality", {"policy": "recipe at int4-g128"}, metrics, details)
+    data["benchmarks"].append({"name": "t", "extra_info": {JSON_KEY: record.to_json()}})
+    choice, strings = (block for block in blocks(data) if isinstance(block, Table))
+    assert [row[1] for row in choice.rows] == ["`recipe at int4-g128`", "`recipe 1`", "`int4-g128`"]
+    assert strings.rows == (
+        ("`recipe at int4-g128`", "`mlp=int3,kv=bf16,ple=all`"),
+        ("`recipe 1`", "`mlp=int4,kv=bf16,ple=all`"),
     )
 
 
@@ -84,19 +104,27 @@ def test_without_quality_a_block_judges(run_json, blocks):
 
 
 @pytest.mark.parametrize("subject", ["ladder", "block", "footprint"])
-def test_without_a_size_or_an_error_nothing_is_chosen(subject, run_json, blocks):
-    assert blocks(run_json(subject)) == []
+def test_without_a_size_or_an_error_the_command_is_told(subject, run_json, blocks):
+    heading, paragraph = blocks(run_json(subject, kind="user"))
+    assert heading.text == "Which policy for how many MB"
+    assert paragraph.text == (
+        "Nothing was run that tells. To run it: `pytest benchmarks/test_quality.py --checkpoint benchmarks/mini_gemma4 "
+        "--benchmark-json out.json`"
+    )
 
 
 def test_the_findings_that_a_choice_rests_on(run_json, blocks):
     found = blocks(run_json())
     assert [block.text for block in found if isinstance(block, Heading)] == [
         "Which policy for how many MB",
+        "The recipes among these",
         "What else to know",
     ]
     (findings,) = [block for block in found if isinstance(block, Findings)]
     thresholds, sensitivity, rows_of, kv, *_ = findings.items
-    assert thresholds.startswith("Smallest policy within a KL divergence, in nats a token, of 0.1: recipe 1, `sliding")
+    assert thresholds.startswith(
+        "Smallest policy within a KL divergence, in nats a token, of 0.1: `recipe 1` (26.5 MB)"
+    )
     assert ", of 0.01: `bf16` (42.9 MB)" in thresholds
     assert sensitivity.startswith("Largest KL divergence for each MB saved: sliding_attention")
     # 500 rows have 60%, 5,000 have 80% and 50,000 have 95%: 90% lie two thirds of the way, by the logarithm.

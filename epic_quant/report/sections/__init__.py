@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -185,7 +184,4 @@ def _check_labels(section: Section, run: Run) -> None:
 
 
 def _not_run(section: Section, run: Run) -> Paragraph:
-    checkpoint = run.facts["checkpoint"]
-    chosen = ["--checkpoint", checkpoint["source"]] if checkpoint["kind"] == "user" else []
-    command = shlex.join(["pytest", section.benchmark, *chosen, "--benchmark-json", "out.json"])
-    return Paragraph(f"Not run. To run it: {code(command)}")
+    return Paragraph(f"Not run. To run it: {code(provenance.command(run, section.benchmark))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from epic_quant import __version__
@@ -34,6 +35,13 @@ def at_the_head(run: Run) -> list[Block]:
         _labelled("on ", _text(facts.get("measured"))),
     ]
     return [Paragraph(statement), Paragraph(f"Measured: {', '.join(part for part in said if part)}.")]
+
+
+def command(run: Run, benchmark: str) -> str:
+    """What measures a benchmark's subjects on the run's checkpoint."""
+    checkpoint = run.facts["checkpoint"]
+    chosen = ["--checkpoint", checkpoint["source"]] if checkpoint["kind"] == "user" else []
+    return shlex.join(["pytest", benchmark, *chosen, "--benchmark-json", "out.json"])
 
 
 def blocks(run: Run) -> list[Block]:

@@ -9,6 +9,7 @@ from epic_quant.report.blocks import Block, Figure, Heading, Paragraph, Table, c
 from epic_quant.report.correlation import spearman
 from epic_quant.report.formatting import megabytes, significant
 from epic_quant.report.pareto import Sized, front
+from epic_quant.report.sections.recipe import made_recipes
 from epic_quant.results.run import Run
 from epic_quant.results.sensitivities import EVALUATION, class_divergences
 
@@ -80,7 +81,8 @@ def findings(run: Run) -> list[str]:
 
 
 def _quantized(run: Run) -> list[str]:
-    return [policy for policy in run.labels("quality", "policy") if policy not in ("bf16", NOISE_FLOOR)]
+    others = ("bf16", NOISE_FLOOR, *made_recipes(run))
+    return [policy for policy in run.labels("quality", "policy") if policy not in others]
 
 
 def sized(run: Run) -> list[Sized]:
@@ -96,8 +98,10 @@ def sized(run: Run) -> list[Sized]:
 
 
 def _table(run: Run) -> Table:
-    rows = []
+    rows, made = [], made_recipes(run)
     for policy in run.labels("quality", "policy"):
+        if policy in made:  # those have a table of their own
+            continue
         values = {
             name: run.value("quality", name, policy=policy)
             for name in (

@@ -10,9 +10,12 @@ from epic_quant.report import plots
 from epic_quant.report.blocks import Block, Figure, Findings, Heading, Paragraph, Table, code
 from epic_quant.report.formatting import MISSING, megabytes, significant, times
 from epic_quant.report.pareto import Sized, front
-from epic_quant.report.sections import block, kv, ple, quality, recipe, sensitivity
+from epic_quant.report.sections import block, kv, ple, provenance, quality, recipe, sensitivity
 from epic_quant.report.sections.footprint import E4B, resident_nbytes
 from epic_quant.results.run import Run
+
+# Of the policies that a choice is better than, so many are told by name.
+_MOST_TOLD = 2
 
 # Nats a token that a smallest policy is named for: from plainly worse to hardly to be seen.
 _THRESHOLDS = (0.1, 0.03, 0.01, 0.001)
@@ -29,10 +32,12 @@ class _Judged:
 
 def blocks(run: Run) -> list[Block]:
     """The choice as a table and a plot, then the findings; what there are no records for is left out."""
-    found: list[Block] = []
-    judged = _judged(run)
-    if judged:
-        found += [Heading(2, "Which policy for how many MB"), *_choice(run, judged), *_figure(run)]
+    found: list[Block] = [Heading(2, "Which policy for how many MB")]
+    if judged := _judged(run):
+        found += [*_choice(run, judged), *_figure(run), *_strings(run, judged)]
+    else:
+        command = provenance.command(run, "benchmarks/test_quality.py")
+        found.append(Paragraph(f"Nothing was run that tells. To run it: {code(command)}"))
     findings = [*_thresholds(run)]
     for subject, tell in (
         ("sensitivity", sensitivity.findings),
@@ -59,6 +64,8 @@ def _judged(run: Run) -> _Judged | None:
 def _choice(run: Run, judged: _Judged) -> list[Block]:
     least = front(judged.points)
     e4b = {} if run.facts["checkpoint"]["kind"] == "user" else resident_nbytes(run, E4B)
+    # A column in which little is known says less than it takes room.
+    e4b = e4b if 2 * sum(name in e4b for name, _, _ in least) > len(least) else {}
     measures = {"perplexity": ("perplexity", 4, 1.0), "top1_agreement": ("same first choice, %", 3, 100.0)}
     measures = measures if run.select("quality") else {}
     columns = ["resident MB you have", "choose", judged.error, *(title for title, _, _ in measures.values())]
@@ -68,7 +75,7 @@ def _choice(run: Run, judged: _Judged) -> list[Block]:
         upper = least[index + 1][1] if index + 1 < len(least) else math.inf
         row = [
             f"{megabytes(nbytes)} to {megabytes(upper)}" if math.isfinite(upper) else f"{megabytes(nbytes)} or more",
-            recipe.named(run, name),
+            code(recipe.brief(run, name)),
             quality.with_error(error, judged.errors(name)),
         ]
         for metric, (_, digits, factor) in measures.items():
@@ -101,7 +108,7 @@ def _why(run: Run, judged: _Judged, smaller: list[Sized], chosen: Sized, upper: 
     if smaller:
         before, before_nbytes, before_error = smaller[-1]
         gain = f"{significant(before_error / error)}× less error" if error else "no error"
-        gain += f" for {megabytes(nbytes - before_nbytes)} MB more than {code(recipe.short_name(run, before))}"
+        gain += f" for {megabytes(nbytes - before_nbytes)} MB more than the next smaller"
         spread = math.hypot(judged.errors(name) or 0.0, judged.errors(before) or 0.0)
         doubt = ", within one standard error" if before_error - error <= spread else ""
         reasons.append(gain + doubt)
@@ -110,17 +117,26 @@ def _why(run: Run, judged: _Judged, smaller: list[Sized], chosen: Sized, upper: 
     floor = run.value("quality", "kl_divergence", policy=quality.NOISE_FLOOR)
     if judged.error == "KL divergence" and floor is not None and 0 < error <= floor:
         reasons.append("no more than computing in bf16 changes")
-    beaten = sorted(
-        (theirs, other) for other, size, theirs in judged.points if nbytes <= size < upper and other != name
-    )
+    beaten = [point for point in judged.points if nbytes <= point[1] < upper and point[0] != name]
     if beaten:
+        # Those that a reader knows by name come first, and of these the best.
+        beaten.sort(key=lambda point: (recipe.is_recipe(run, point[0]), point[2]))
         worse = [
-            code(recipe.short_name(run, other)) + ("" if ratio == MISSING else f" ({ratio} the error)")
-            for theirs, other in beaten
+            code(recipe.brief(run, other)) + ("" if ratio == MISSING else f" ({ratio} the error)")
+            for other, _, theirs in beaten[:_MOST_TOLD]
             for ratio in [times(theirs, error)]
         ]
-        reasons.append(f"better than {', '.join(worse)}, which need as much or more")
+        worse += [f"{len(beaten) - _MOST_TOLD} more"] if len(beaten) > _MOST_TOLD else []
+        reasons.append(f"better than {' and '.join(filter(None, [', '.join(worse[:-1]), worse[-1]]))}, no smaller")
     return "; ".join(reasons)
+
+
+def _strings(run: Run, judged: _Judged) -> list[Block]:
+    """What `--policy` takes for each recipe that is chosen; a named policy's name does."""
+    chosen = [name for name, _, _ in front(judged.points) if recipe.is_recipe(run, name)]
+    rows = tuple((code(recipe.brief(run, name)), code(run.policy_string(name))) for name in chosen)
+    table = Table(("choose", "what `--policy` takes for it"), rows, num_text_columns=2)
+    return [Heading(3, "The recipes among these"), table] if rows else []
 
 
 def _thresholds(run: Run) -> list[str]:
@@ -131,7 +147,7 @@ def _thresholds(run: Run) -> list[str]:
         within = [(nbytes, name) for name, nbytes, divergence in points if divergence <= threshold]
         if within:
             nbytes, name = min(within)
-            said.append(f"{threshold:g}: {recipe.named(run, name)} ({megabytes(nbytes)} MB)")
+            said.append(f"{threshold:g}: {code(recipe.brief(run, name))} ({megabytes(nbytes)} MB)")
     return [f"Smallest policy within a KL divergence, in nats a token, of {', of '.join(said)}."] if said else []
 
 
@@ -144,7 +160,7 @@ def _figure(run: Run) -> list[Block]:
     if not points:
         return []
     least = [
-        plots.Point("", recipe.short_name(run, policy), nbytes / 1e6, divergence)
+        plots.Point("", recipe.brief(run, policy), nbytes / 1e6, divergence)
         for policy, nbytes, divergence in front(quality.sized(run))
         if plots.drawable(nbytes) and plots.drawable(divergence)
     ]
