@@ -42,11 +42,6 @@ class Ending:
     error: str | None = None
     saved: bool = False
 
-    @property
-    def asked(self) -> bool:
-        """Whether anything is to be made of the records."""
-        return bool(self.conditions) or self.baseline is not None
-
 
 _ENDING = pytest.StashKey[Ending]()
 
@@ -94,9 +89,13 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         # What has no JSON keeps its records.
         if ending.saved or not journal.records:
             journal.writer.path.unlink(missing_ok=True)
-    if not journal.planned or not (ending.asked or config.option.report is not None):
+    options = config.option
+    asked = ending.conditions or ending.baseline is not None or options.report is not None
+    if not asked or options.plan or options.collectonly or is_distributed(config):
         return
     try:
+        if not journal.planned:
+            raise ReportError("no benchmark was run that --fail-if, --baseline or --report could be of")
         _end(config, ending)
     except EpicQuantError as error:
         ending.error = str(error)

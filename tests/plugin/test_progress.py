@@ -95,7 +95,10 @@ def test_a_terminal_has_one_line_a_subject_that_is_written_anew(model, process_o
     assert "\x1b[" not in written, "NO_COLOR"
 
 
-def test_other_tests_are_told_as_ever(run_pytest):
+def test_other_tests_are_told_as_ever_and_pass_no_limit(run_pytest):
+    status, printed = run_pytest("tests/test_units.py", "--fail-if", "nbytes:1GB")
+    assert status == 2
+    assert "error: no benchmark was run that --fail-if" in printed
     status, printed = run_pytest("tests/test_units.py")
     assert status == 0
     assert "tests/test_units.py ....." in printed
