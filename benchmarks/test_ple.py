@@ -21,7 +21,6 @@ from epic_quant.ple.packing import Table
 from epic_quant.ple.residency import NAMES, Residency
 from epic_quant.policy import NAMED, Policy
 from epic_quant.quant import quantizer
-from epic_quant.text import open_tokenizer
 
 FACTS = Path(__file__).parent / "facts"
 PUBLISHED = json.loads((FACTS / "published-numbers.json").read_text(encoding="utf-8"))["epic_quant_original"]["ple"]
@@ -56,15 +55,6 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize(("guarded", "spec"), pairs)
 
 
-def own_ids(run, path):
-    """A file's tokens under the checkpoint's own tokenizer, or the ids in a .npy file."""
-    rows = run.config.ple_vocab_size
-    if path.suffix == ".npy":
-        return traces.load_ids(path, rows)
-    ids = open_tokenizer(run.checkpoint, run.config).encode(path.read_text("utf-8"), add_special_tokens=False).ids
-    return traces.check_trace(np.array(ids, dtype=np.int64), rows, str(path))
-
-
 @pytest.fixture(scope="session")
 def trace_of(run):
     """A trace by name, made once, with the rows and the bytes a row of the table that it is of."""
@@ -77,7 +67,7 @@ def trace_of(run):
             else:
                 path = run.text if name == EVALUATION else run.options.ple_trace
                 row_nbytes = 2 * run.config.num_layers * run.config.ple_dim
-                made[name] = own_ids(run, path), run.config.ple_vocab_size, row_nbytes
+                made[name] = run.token_ids(path), run.config.ple_vocab_size, row_nbytes
         return made[name]
 
     return make

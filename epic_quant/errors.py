@@ -44,6 +44,10 @@ class KernelError(EpicQuantError):
     """Buffers that a kernel cannot take, or an instruction set that this machine lacks."""
 
 
+class GateError(EpicQuantError):
+    """A limit that cannot be read, selects nothing, or is relative to nothing."""
+
+
 class RecipeError(EpicQuantError):
     """A recipe that cannot be made: no sensitivities to make it of, or a budget below the smallest possible."""
 

@@ -11,7 +11,7 @@ from epic_quant.calibration import Moments, gather, main
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import CheckpointError, TokenError
 from epic_quant.metrics import squared_output_norm
-from epic_quant.plugin import DEFAULT_CHECKPOINT, Run
+from epic_quant.plugin.run import DEFAULT_CHECKPOINT, Run
 
 WINDOWS = torch.randint(3, 120, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -112,7 +112,7 @@ def test_moments_of_the_evaluation_text_are_refused(pytestconfig, tmp_path):
     """Hashes of the two texts are compared, whatever the files are called."""
     copy = tmp_path / "calibration.txt"
     copy.write_bytes((DEFAULT_CHECKPOINT / "eval.txt").read_bytes())
-    run = Run(pytestconfig)
+    run = Run(pytestconfig.option)
     run.options = argparse.Namespace(moments=None, calibration_text=copy, text=None)
     with run.checkpoint, pytest.raises(TokenError, match="calibrated on the text that is judged on"):
         run.moments(tmp_path)

@@ -6,7 +6,6 @@ import argparse
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from fractions import Fraction
 from pathlib import Path
 
 from epic_quant import command_line
@@ -15,13 +14,7 @@ from epic_quant.recipe.llama_cpp import BITS, nearest_type, tensor_type_argument
 from epic_quant.results.reading import read_run
 from epic_quant.results.run import Run
 from epic_quant.results.sensitivities import KV_CACHE, UNQUANTIZED, class_specs
-
-_UNITS = {
-    "": 1,
-    "b": 1,
-    **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)},
-    **{f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)},
-}
+from epic_quant.units import parse_nbytes
 
 
 @command_line.reports_errors
@@ -103,11 +96,10 @@ def _measuring_command(run: Run, policy: str) -> str:
 
 
 def _nbytes(text: str) -> int:
-    """Bytes of `3.5GB`, `800 MiB` or `1000000`; a unit is a power of 1000, with an i of 1024."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+) *([a-z]*)", text.strip().lower())
-    if not found or found[2] not in _UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes, such as 3.5GB, 800MiB or 1000000")
-    return int(Fraction(found[1]) * _UNITS[found[2]])
+    try:
+        return parse_nbytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _bits(text: str) -> float:

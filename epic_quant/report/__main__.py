@@ -3,32 +3,55 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from epic_quant import command_line
 from epic_quant.errors import ReportError
 from epic_quant.report import writing
-from epic_quant.report.sections import comparison
-from epic_quant.results.reading import read_run
+from epic_quant.report.sections import comparison, limits
+from epic_quant.results import gate
+from epic_quant.results.comparison import compare
+from epic_quant.results.gate import Condition, check_baseline, judge
+from epic_quant.results.partial import partial_path
+from epic_quant.results.reading import data_path, read_run
 
 _STDOUT = Path("-")
 
 
 @command_line.reports_errors
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the report and say where: 0 when it is written, 2 with one line on stderr when it cannot be."""
+    """Write the report and say where: 0 when it is written, 1 when the run fails a limit, 2 when it cannot be made."""
     options = _parser().parse_args(arguments)
     if options.out == _STDOUT and len(options.format) > 1:
         raise ReportError("--out - prints one format: name it with --format")
+    conditions = [Condition.parse(text) for text in options.fail_if]
+    check_baseline(conditions, options.baseline is not None)
     run = read_run(options.json)
-    blocks = comparison(run)
+    older = None if options.baseline is None else read_run(options.baseline)
+    judged = judge(conditions, run, older, times=options.compare_times)
+    compared = None if older is None else compare(run, older, times=options.compare_times)
+    blocks = comparison(run, compared, judged)
     if options.out == _STDOUT:
         command_line.print_text(writing.text(run, blocks, *options.format))
     else:
         for path in writing.write_report(run, blocks, options.out, options.format):
             print(path)
-    return 0
+    for note in _notes(options.json):
+        print(f"note: {note}", file=sys.stderr)
+    if judged:
+        print(limits.told(judged), file=sys.stderr)
+    return 1 if any(one.fails for one in judged) else 0
+
+
+def _notes(path: Path) -> Iterator[str]:
+    """What whoever runs this must know of the file that was read."""
+    source, beside = data_path(path), partial_path(path)
+    if source != path:
+        yield f"{path} was not written to its end; the report is made of {source}"
+    elif beside != path and beside.is_file():
+        yield f"{beside} is of a run that did not end; to report on that one, name it"
 
 
 def _formats(text: str) -> list[str]:
@@ -47,8 +70,9 @@ def _parser() -> argparse.ArgumentParser:
             "pytest benchmarks --benchmark-json out.json",
             "python -m epic_quant.report out.json --out reports",
             "python -m epic_quant.report out.json --format csv --out - | head",
+            "python -m epic_quant.report out.json --baseline old.json --fail-if 'kl_divergence[subject=quality]:+5%'",
         ],
-        "0; 2 where the report cannot be made.",
+        "0; 1 where a value fails a limit of --fail-if; 2 where the report cannot be made.",
     )
     parser.add_argument("json", type=Path, metavar="out.json", help="what --benchmark-json wrote")
     parser.add_argument(
@@ -64,6 +88,19 @@ def _parser() -> argparse.ArgumentParser:
         default=",".join(writing.DEFAULT_FORMATS),
         metavar="NAMES",
         help="md, html and csv, one or more parted by commas (%(default)s)",
+    )
+    parser.add_argument(
+        "--baseline", type=Path, metavar="old.json", help="an older run, to show every value beside what it was"
+    )
+    parser.add_argument("--compare-times", action="store_true", help="compare times of different machines too")
+    parser.add_argument(
+        "--fail-if",
+        action="append",
+        default=[],
+        metavar="METRIC[LABEL=VALUE]:LIMIT",
+        help=f"exit with 1 where a value is on the bad side of its limit (repeatable): {gate.EXAMPLES}".replace(
+            "%", "%%"
+        ),
     )
     return parser
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from epic_quant.records import Metric
+
 MISSING = "—"
 
 
@@ -32,6 +34,20 @@ def megabytes(nbytes: float | None) -> str:
 def milliseconds(seconds: float | None) -> str:
     """Seconds in ms, three digits."""
     return significant(None if seconds is None else seconds * 1e3)
+
+
+def with_unit(metric: Metric, value: float | None, digits: int = 3) -> str:
+    """A metric's value in the unit that people read: bytes in MB, seconds in ms."""
+    scale, unit = {"B": (1e-6, "MB"), "s": (1e3, "ms")}.get(metric.unit, (1.0, metric.unit))
+    number = significant(None if value is None else value * scale, digits)
+    return number if number == MISSING or not unit else f"{number} {unit}"
+
+
+def change(part: float | None) -> str:
+    """A change as a part of what was before, such as +4.2%."""
+    if part is None:
+        return MISSING
+    return f"{'-' if part < 0 else '+'}{significant(abs(100 * part), 2)}%"
 
 
 def quotient(value: float | None, reference: float | None) -> float | None:

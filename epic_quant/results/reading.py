@@ -12,34 +12,60 @@ from typing import Any
 
 from epic_quant.errors import ReportError
 from epic_quant.records import JSON_KEY, SCHEMA_VERSION, Record
+from epic_quant.results.partial import SUFFIX, partial_path, read_partial
 from epic_quant.results.run import Run
 
 HOW_TO_MAKE_ONE = "make one with: pytest benchmarks --benchmark-json out.json"
 
 # What is read of the facts and of a record's details, where it is there.
 _NUMBERS = ("read_bandwidth_gbs", "nbytes", "dead_nbytes")
-_NAMES = ("policies", "layer_types")
+_NAMES = ("policies", "layer_types", "missing", "failed")
 _MAPPINGS = ("versions", "policy_strings")
 _NUMBERS_BY_NAME = ("parts", "published", "tensors")
 
 
 def read_run(path: Path) -> Run:
-    """The run that a JSON file holds.
+    """The run that a JSON file holds, or a partial file: see `data_path`.
 
     Raises ReportError on a file that cannot be read, is no JSON or cut off, is not pytest-benchmark's, holds no records
     of epic_quant, is of a newer schema, or holds a record that is damaged.
     """
-    data = _json(path)
+    source = data_path(path)
+    return parse_run(read_partial(source) if _is_partial(source) else _json(source), str(source))
+
+
+def data_path(path: Path) -> Path:
+    """The file that the run of `path` is read from.
+
+    It is the path, but where that is a JSON file that is not there, or was cut off when the run stopped, and the run's
+    partial file is.
+    """
+    beside = partial_path(path)
+    if _is_partial(path) or not beside.is_file():
+        return path
+    try:
+        _json(path)
+    except ReportError:
+        return beside
+    return path
+
+
+def parse_run(data: Any, name: str) -> Run:
+    """The run in what a JSON file holds; raises ReportError, naming it, as `read_run`."""
     if not isinstance(data, dict) or not isinstance(data.get("benchmarks"), list):
         raise ReportError(
-            f"{path}: not a JSON file of pytest-benchmark, which has a list 'benchmarks'; {HOW_TO_MAKE_ONE}"
+            f"{name}: not a JSON file of pytest-benchmark, which has a list 'benchmarks'; {HOW_TO_MAKE_ONE}"
         )
     facts = data.get(JSON_KEY)
     entries = [entry for entry in data["benchmarks"] if _extra_info(entry).get(JSON_KEY) is not None]
     if not isinstance(facts, dict) or not entries:
-        raise ReportError(f"{path}: holds no records of epic_quant; {HOW_TO_MAKE_ONE}")
-    _check_facts(path, facts)
-    return Run({**_measured(data), **facts}, tuple(_record(path, entry) for entry in entries))
+        raise ReportError(f"{name}: holds no records of epic_quant; {HOW_TO_MAKE_ONE}")
+    _check_facts(name, facts)
+    return Run({**_measured(data), **facts}, tuple(_record(name, entry) for entry in entries))
+
+
+def _is_partial(path: Path) -> bool:
+    return path.name.endswith(SUFFIX)
 
 
 def _json(path: Path) -> Any:
@@ -68,30 +94,30 @@ def _extra_info(entry: Any) -> Mapping[str, Any]:
     return info if isinstance(info, dict) else {}
 
 
-def _check_facts(path: Path, facts: Mapping[str, Any]) -> None:
+def _check_facts(name: str, facts: Mapping[str, Any]) -> None:
     version = facts.get("schema_version")
     if not isinstance(version, int):
-        raise ReportError(f"{path}: schema_version is {version!r}, expected an integer")
+        raise ReportError(f"{name}: schema_version is {version!r}, expected an integer")
     if version > SCHEMA_VERSION:
         raise ReportError(
-            f"{path}: has schema version {version}, newer than {SCHEMA_VERSION}, the newest that this epic_quant reads"
+            f"{name}: has schema version {version}, newer than {SCHEMA_VERSION}, the newest that this epic_quant reads"
         )
     checkpoint = facts.get("checkpoint")
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(key), str) for key in ("source", "kind")):
-        raise ReportError(f"{path}: does not say whose weights were measured ('checkpoint' with 'source' and 'kind')")
+        raise ReportError(f"{name}: does not say whose weights were measured ('checkpoint' with 'source' and 'kind')")
     try:
         _check_numbers("facts", {name: {**checkpoint, **facts}.get(name) for name in _NUMBERS})
-        for name in _NAMES:
-            if not _is_text_list(facts.get(name, [])):
-                raise TypeError(f"{name} must be a list of names")
-        for name in _MAPPINGS:
-            if not isinstance(facts.get(name, {}), dict):
-                raise TypeError(f"{name} must be an object")
+        for key in _NAMES:
+            if not _is_text_list(facts.get(key, [])):
+                raise TypeError(f"{key} must be a list of names")
+        for key in _MAPPINGS:
+            if not isinstance(facts.get(key, {}), dict):
+                raise TypeError(f"{key} must be an object")
     except TypeError as error:
-        raise ReportError(f"{path}: damaged run facts: {error}") from error
+        raise ReportError(f"{name}: damaged run facts: {error}") from error
 
 
-def _record(path: Path, entry: Mapping[str, Any]) -> Record:
+def _record(name: str, entry: Mapping[str, Any]) -> Record:
     try:
         record = Record.from_json(entry["extra_info"][JSON_KEY])
         _check_types(record)
@@ -99,7 +125,7 @@ def _record(path: Path, entry: Mapping[str, Any]) -> Record:
         if isinstance(stats, dict) and _is_number(stats.get("median")):
             record = replace(record, metrics={**record.metrics, "time_s": stats["median"]})
     except (KeyError, TypeError, ValueError) as error:
-        raise ReportError(f"{path}: benchmark {entry.get('name')!r} holds a damaged record: {error!r}") from error
+        raise ReportError(f"{name}: benchmark {entry.get('name')!r} holds a damaged record: {error!r}") from error
     # NaN is what could not be measured too.
     metrics = {
         name: value if value is None or not math.isnan(value) else None for name, value in record.metrics.items()

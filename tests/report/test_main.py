@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import subprocess
@@ -8,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from epic_quant import __version__
+from epic_quant.records import Record
 from epic_quant.report.__main__ import main
 from epic_quant.report.writing import FILE_NAMES
+from epic_quant.results.partial import PartialWriter
 
 ROOT = Path(__file__).parents[2]
 
@@ -168,3 +171,85 @@ def test_help_does_not_wait_for_matplotlib():
     program = "import sys, epic_quant.report.__main__; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def gated(run_json, write_json, out, *options):
+    return main([str(write_json(run_json())), "--out", str(out), *map(str, options)])
+
+
+def test_limits_that_are_kept_are_told_and_status_0(run_json, write_json, out, capsys):
+    assert gated(run_json, write_json, out, "--fail-if", "kl_divergence[subject=quality]:0.5") == 0
+    assert capsys.readouterr().err == "5 of 5 values within their limit\n"
+    text = (out / "COMPARISON.md").read_text(encoding="utf-8")
+    assert "Held to `kl_divergence[subject=quality]:0.5`: 5 of 5 values within their limit." in text
+
+
+def test_a_limit_that_is_not_kept_is_status_1_a_table_and_a_report(run_json, write_json, out, capsys):
+    options = ["--fail-if", "kl_divergence[subject=quality]:0.025", "--fail-if", "top1_agreement:0.5"]
+    assert gated(run_json, write_json, out, *options) == 1
+    told = capsys.readouterr().err
+    assert "kl_divergence  quality  policy=original-1.58" in told
+    assert "2 of 10 values past their limit" in told
+    assert max(map(len, told.splitlines())) <= 100
+    assert "2 of 10 values past their limit" in (out / "COMPARISON.md").read_text(encoding="utf-8")
+
+
+def test_a_baseline_stands_beside_the_run(run_json, write_json, out, tmp_path, capsys):
+    old = run_json()
+    for entry in old["benchmarks"][1:]:
+        metrics = entry["extra_info"]["epic_quant"]["metrics"]
+        if "kl_divergence" in metrics:
+            metrics["kl_divergence"] *= 0.9
+    baseline = tmp_path / "old.json"
+    baseline.write_text(json.dumps(old), encoding="utf-8")
+    named = ["--baseline", baseline, "--fail-if"]
+    assert gated(run_json, write_json, out, *named, "kl_divergence:+12%") == 0
+    assert "### kl_divergence\n" in (out / "COMPARISON.md").read_text(encoding="utf-8")
+    assert gated(run_json, write_json, out, *named, "kl_divergence:+10%") == 1
+    assert "+11%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--fail-if", "kl_divergance:1"], "unknown metric 'kl_divergance'; did you mean kl_divergence"),
+        (["--fail-if", "kl_divergence[policy=int4-g12]:1"], "unknown policy of kl_divergence 'int4-g12'; did you mean"),
+        (["--fail-if", "kl_divergence:+5%"], "Name an older run with --baseline"),
+        (["--fail-if", "kl_divergence"], "is no condition"),
+        (["--baseline", "none.json"], "none.json: no such file"),
+    ],
+)
+def test_a_limit_that_cannot_be_judged_is_status_2_and_writes_nothing(options, said, run_json, write_json, out, capsys):
+    assert gated(run_json, write_json, out, *options) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
+def partial(tmp_path, facts, record):
+    writer = PartialWriter(
+        tmp_path / "out.partial.jsonl", facts, ["benchmarks/test_x.py::one", "benchmarks/test_x.py::two"]
+    )
+    writer.record("benchmarks/test_x.py::one", record)
+    writer.finished("benchmarks/test_x.py::one", "passed", 1.0)
+    writer.close()
+
+
+@pytest.mark.parametrize("name", ["out.json", "out.partial.jsonl"])
+def test_a_run_that_stopped_is_reported_with_what_is_missing(name, run_json, out, tmp_path, capsys):
+    record = Record("kv_bytes", {"kv_policy": "int4", "model": "E4B", "tokens": "1024"}, {"nbytes": 5})
+    partial(tmp_path, run_json("kv_bytes")["epic_quant"], record)
+    assert main([str(tmp_path / name), "--out", str(out)]) == 0
+    text = (out / "COMPARISON.md").read_text(encoding="utf-8")
+    assert "1 of its tests have no result" in text
+    assert "| `benchmarks/test_x.py::two`" in text
+    assert ("out.json was not written to its end; the report is made of" in capsys.readouterr().err) == (
+        name == "out.json"
+    )
+
+
+def test_a_later_run_that_stopped_is_pointed_to(run_json, write_json, out, tmp_path, capsys):
+    partial(tmp_path, run_json()["epic_quant"], Record("quality", {"policy": "int4"}, {}))
+    assert main([str(write_json(run_json("block"))), "--out", str(out)]) == 0
+    assert "out.partial.jsonl is of a run that did not end" in capsys.readouterr().err

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from epic_quant.errors import ReportError
 from epic_quant.report.blocks import Block, Findings, Heading, Paragraph, code
 from epic_quant.report.sections import (
+    baseline,
     block,
     footprint,
     kernels,
     kv,
     ladder,
+    limits,
     ple,
     provenance,
     quality,
@@ -20,8 +22,11 @@ from epic_quant.report.sections import (
     sensitivity,
     summary,
     synthetic,
+    unfinished,
     weights,
 )
+from epic_quant.results.comparison import Comparison
+from epic_quant.results.gate import Judgement
 from epic_quant.results.run import Run
 
 
@@ -150,12 +155,20 @@ SECTIONS = (
 )
 
 
-def comparison(run: Run) -> list[Block]:
-    """The whole report of a run. Raises ReportError on a record without the labels of its section."""
+def comparison(run: Run, compared: Comparison | None = None, judged: Sequence[Judgement] = ()) -> list[Block]:
+    """The whole report of a run, beside an older one and with the limits that it was held to where these are given.
+
+    Raises ReportError on a record without the labels of its section.
+    """
     ran = [section for section in SECTIONS if run.select(section.subject)]
     for section in ran:
         _check_labels(section, run)
     blocks: list[Block] = [Heading(1, "Compression policies compared"), *provenance.at_the_head(run)]
+    blocks += unfinished.blocks(run)
+    if judged:
+        blocks += [Heading(2, "Limits"), *limits.blocks(judged)]
+    if compared:
+        blocks += [Heading(2, "Since the baseline"), Findings(tuple(baseline.findings(compared)))]
     blocks += summary.blocks(run)
     for section in SECTIONS:
         blocks.append(Heading(2, section.title))
@@ -165,6 +178,8 @@ def comparison(run: Run) -> list[Block]:
         if findings := section.findings(run):
             blocks.append(Findings(tuple(findings)))
         blocks += section.blocks(run)
+    if compared:
+        blocks += [Heading(2, "Against the baseline"), *baseline.blocks(compared)]
     return [*blocks, Heading(2, "How this was measured"), *provenance.blocks(run)]
 
 

@@ -1,0 +1,10 @@
+"""The pytest glue, each module a plugin of its own: what is measured, and what is told before, during and after it."""
+
+pytest_plugins = [
+    "epic_quant.plugin.options",
+    "epic_quant.plugin.session",
+    "epic_quant.plugin.journal",
+    "epic_quant.plugin.fixtures",
+    "epic_quant.plugin.progress",
+    "epic_quant.plugin.ending",
+]

@@ -1,0 +1,104 @@
+"""The command line of the benchmarks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from epic_quant.results.gate import EXAMPLES
+from epic_quant.units import parse_nbytes
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise ValueError
+    return value
+
+
+def _nbytes(text: str) -> int:
+    """A size as people write it, of at least one byte."""
+    value = parse_nbytes(text)
+    if not value:
+        raise ValueError
+    return value
+
+
+def _rows(text: str) -> int | str:
+    return text if text == "all" else _positive(text)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The command line of the benchmarks."""
+    group = parser.getgroup("epic_quant", "what is measured")
+    group.addoption("--checkpoint", metavar="SOURCE", help="file, folder or hub id (default: the small trained model)")
+    group.addoption("--config", metavar="FILE", help="config.json, where it is not beside the checkpoint")
+    group.addoption("--tokenizer", metavar="FILE", help="tokenizer.json, where it is not beside the checkpoint")
+    group.addoption("--download", action="store_true", help="download a hub id that is not in the local cache")
+    group.addoption(
+        "--policy",
+        action="append",
+        default=[],
+        metavar="NAME_OR_STRING",
+        help="measure this policy (repeatable; default: all named ones), such as int4-g128 or mlp=int4,ple=lru:5000",
+    )
+    group.addoption("--context", type=_positive, default=8192, metavar="TOKENS", help="length that the KV cache holds")
+    group.addoption(
+        "--kv-policy",
+        action="append",
+        default=[],
+        metavar="NAME_OR_STRING",
+        help="measure this KV policy (repeatable; default: all named ones), such as int4+had or k=int4@64/v=int4",
+    )
+    group.addoption(
+        "--kv-context", type=_positive, default=4096, metavar="TOKENS", help="longest text that goes into a KV cache"
+    )
+    group.addoption("--rows", type=_rows, metavar="N|all", help="rows of each tensor whose error is taken")
+    group.addoption("--text", type=Path, metavar="FILE", help="evaluation text (default: the small model's eval.txt)")
+    group.addoption(
+        "--calibration-text", type=Path, metavar="FILE", help="text that +gptq is fitted to, never judged on"
+    )
+    group.addoption("--moments", type=Path, metavar="FILE", help="moments that python -m epic_quant.calibration made")
+    group.addoption(
+        "--windows",
+        type=_positive,
+        metavar="N",
+        help="windows of each text that quality is judged on (default: 3; 1 on a checkpoint over 1 GB)",
+    )
+    group.addoption(
+        "--window-tokens",
+        type=_positive,
+        metavar="N",
+        help="tokens of each window, BOS included (default: four times what a sliding layer sees)",
+    )
+    group.addoption("--by-layer", action="store_true", help="sensitivities of every layer alone too, on any checkpoint")
+    group.addoption(
+        "--memory",
+        type=_nbytes,
+        metavar="SIZE",
+        help="RAM for evaluating quality, as 6GB (default: half of what is free)",
+    )
+    group.addoption(
+        "--resume", type=Path, metavar="FOLDER", help="keep the state of long evaluations there, and go on from it"
+    )
+    group.addoption("--ple-trace", type=Path, metavar="FILE", help="text or .npy ids to judge the PLE row cache by")
+    group.addoption("--plan", action="store_true", help="say what would be measured and how long it takes, and stop")
+    _add_ending(parser)
+
+
+def _add_ending(parser: pytest.Parser) -> None:
+    group = parser.getgroup("epic_quant ending", "what is made of what was measured")
+    group.addoption(
+        "--fail-if",
+        action="append",
+        default=[],
+        metavar="METRIC[LABEL=VALUE]:LIMIT",
+        help="end with status 1 where a value is on the bad side of its limit (repeatable): "
+        + EXAMPLES.replace("%", "%%"),
+    )
+    group.addoption(
+        "--baseline", type=Path, metavar="FILE", help="JSON of an older run, to hold every value and limit against"
+    )
+    group.addoption("--compare-times", action="store_true", help="compare times of different machines too")
+    group.addoption("--report", type=Path, metavar="DIR", help="make the report there when the run ends")

@@ -1,0 +1,96 @@
+"""What a session is told and tells of itself, with pytest run as a user runs it."""
+
+import json
+
+import pytest
+
+from epic_quant.checkpoint import Checkpoint
+from epic_quant.records import JSON_KEY, SCHEMA_VERSION, Record
+
+
+def test_the_json_names_what_was_run(finished, model):
+    facts = finished.json[JSON_KEY]
+    with Checkpoint.open(model) as checkpoint:
+        assert facts["checkpoint"]["fingerprint"] == checkpoint.fingerprint
+    assert facts["schema_version"] == SCHEMA_VERSION
+    assert facts["checkpoint"]["kind"] == "user"
+    assert facts["policies"] == ["bf16", "original-4", "mlp=ternary,kv=fp32,ple=lru:7"]
+    assert facts["policy_strings"]["original-4"].startswith("sliding_attention=absmax4,")
+    assert facts["read_bandwidth_gbs"] > 0
+    assert facts["versions"]["torch"]
+
+
+def test_the_command_line_in_the_json_names_no_folder_of_the_machine(finished, model):
+    arguments = finished.json[JSON_KEY]["arguments"]
+    assert "--checkpoint toy" in arguments
+    assert str(model.parent) not in json.dumps(finished.json)
+
+
+def test_every_entry_has_a_record_and_no_raw_timings(finished):
+    entries = finished.json["benchmarks"]
+    records = [Record.from_json(entry["extra_info"][JSON_KEY]) for entry in entries]
+    assert {record.subject for record in records} == {"footprint", "weights", "block"}
+    assert all("data" not in entry["stats"] and entry["stats"]["median"] > 0 for entry in entries)
+
+
+def test_kv_policies_are_measured_on_any_checkpoint(model, tmp_path, run_pytest):
+    """At the context lengths that fit; the reference is there unasked."""
+    out = tmp_path / "out.json"
+    options = ["--text", model / "text.txt", "--kv-policy", "k=int4@8/v=int4", "--kv-context", "300"]
+    selected = ["-k", "not near and not searched"]
+    status, printed = run_pytest(
+        "benchmarks/test_kv.py", "--checkpoint", model, *options, *selected, "--benchmark-json", out
+    )
+    assert status == 0, printed
+    data = json.loads(out.read_text(encoding="utf-8"))
+    assert data[JSON_KEY]["kv_tokens"] == 300
+    records = [Record.from_json(entry["extra_info"][JSON_KEY]) for entry in data["benchmarks"]]
+    found = {(r.labels["kv_policy"], r.labels["context"]) for r in records if r.subject == "kv_divergence"}
+    assert found == {(policy, context) for policy in ("bf16", "k=int4@8/v=int4") for context in ("128", "256")}
+    bits = {r.labels["kv_policy"]: r.metrics["bits_per_value"] for r in records if r.subject == "kv"}
+    assert bits["bf16"] == 16
+    assert 4 < bits["k=int4@8/v=int4"] < 8
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--policy", "original-2"], "unknown policy 'original-2'; did you mean original-"),
+        (["--policy", "mpl=int4"], "unknown tensor class 'mpl'"),
+        (["--kv-policy", "orginal"], "unknown KV policy 'orginal'; did you mean original"),
+        (["--checkpoint", "none/at/all"], "none/at/all: no such file or folder"),
+        (["--checkpoint", "benchmarks/facts"], "no weights in this folder"),
+    ],
+)
+def test_bad_input_is_one_line_status_2_and_no_json(options, said, tmp_path, run_pytest):
+    out = tmp_path / "out.json"
+    status, printed = run_pytest("benchmarks/test_footprint.py", *options, "--benchmark-json", out)
+    assert status == 2
+    assert sum(said in line for line in printed.splitlines()) == 1
+    assert "Traceback" not in printed
+    assert list(out.parent.iterdir()) == []
+
+
+def test_a_plan_measures_nothing(model, tmp_path, run_pytest):
+    out = tmp_path / "out.json"
+    options = ["--checkpoint", model, "--policy", "original-4", "--plan", "--benchmark-json", out]
+    status, printed = run_pytest("benchmarks/test_footprint.py", *options)
+    assert status == 0
+    assert "8 measurements would be made" in printed
+    assert "absmax4: " in printed
+    assert "RAM beyond the mapped file" in printed
+    assert list(out.parent.iterdir()) == []
+
+
+def test_json_that_could_not_be_written_is_told_at_once(tmp_path, run_pytest):
+    out = tmp_path / "out.json"
+    status, printed = run_pytest("benchmarks/test_footprint.py", "--benchmark-disable", "--benchmark-json", out)
+    assert status == 4
+    assert "no --benchmark-json can be written: nothing is timed, since --benchmark-disable was given" in printed
+    assert list(out.parent.iterdir()) == []
+
+
+def test_an_option_that_is_no_number_is_refused(model, run_pytest):
+    status, printed = run_pytest("benchmarks/test_footprint.py", "--checkpoint", model, "--context", "0")
+    assert status == 4
+    assert "--context" in printed
