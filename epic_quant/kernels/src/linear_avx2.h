@@ -376,11 +376,19 @@ void tokens_int8(const Linear& job, std::size_t begin, std::size_t end, void* sc
         for (int v = 0; v < V; ++v, to += kVector) store(to, Signed ? levels.template of<K>(c[v]) : c[v]);
       }
     }
+    // The next rows' bytes come from memory while these are multiplied.
+    const char* next = reinterpret_cast<const char*>(weights.packed + (first + rows) * weights.row_nbytes);
+    std::size_t ahead = end - first - rows;
+    ahead = (ahead < kTileRows ? ahead : kTileRows) * weights.row_nbytes;
+    const std::size_t share = ahead * 2 / (job.tokens + 1) + 64;
     std::size_t token = 0;
-    for (; token + 2 <= job.tokens; token += 2)
+    for (; token + 2 <= job.tokens; token += 2) {
+      for (const std::size_t left = ahead > share ? ahead - share : 0; ahead > left; next += 64)
+        _mm_prefetch(next, _MM_HINT_T1), ahead -= ahead < 64 ? ahead : 64;
       for (std::size_t r = 0; r < rows; r += 4)
         multiply_int8<Signed, B, 4, 2>(job, codes + r * padded, padded, scales + r * blocks, token, first + r,
                                            rows - r, block_vectors);
+    }
     if (token < job.tokens)
       for (std::size_t r = 0; r < rows; r += 4)
         multiply_int8<Signed, B, 4, 1>(job, codes + r * padded, padded, scales + r * blocks, token, first + r,
