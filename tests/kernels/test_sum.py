@@ -16,5 +16,5 @@ def test_it_is_that_of_all_words(count):
 
 @pytest.mark.parametrize("words", [torch.zeros(4), torch.zeros(8, dtype=torch.int64)[::2]], ids=["floats", "strided"])
 def test_other_buffers_are_refused(words):
-    with pytest.raises(KernelError, match="expected contiguous torch.int64"):
+    with pytest.raises(KernelError, match="expected contiguous"):
         sum_of(words)
