@@ -116,7 +116,7 @@ class PackedMatrix:
         """`x` [..., cols], any float dtype but computed in fp32, times the transpose: [..., rows] in x's dtype.
 
         Activations "fp32" are exact to fp32's rounding; "int8" rounds them to 8 bits with a scale for a block of at
-        most 160 in a row. A row of x with NaN or infinity may give NaN where infinity would be right. Raises
+        most 320 in a row. A row of x with NaN or infinity may give NaN where infinity would be right. Raises
         KernelError for no tokens, other inner dims, or what is no float tensor in memory.
         """
         rows, cols = self.shape

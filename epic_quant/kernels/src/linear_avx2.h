@@ -98,16 +98,15 @@ struct Unit<Coding::bits3> {
   }
 };
 
-// Five base-3 digits a byte. It is divided by 9, and the quotient by 3, with a multiplication by 57/512 and 86/256,
-// both exact over the range, in 16 bits for the even and the odd bytes; tables split what is below 9.
+// Five base-3 digits a byte. It is divided by 9, and the quotient by 3, by multiplying with 57/512 (7282/65536
+// for odd bytes, the even one below being their fraction) and 86/256, all exact for bytes up to 242; tables split what is below 9.
 template <>
 struct Unit<Coding::trits> {
   static EPIC_QUANT_INLINE void decode(const std::uint8_t* p, __m256i (&c)[5]) {
     const __m256i b = load(p), high = _mm256_set1_epi16(static_cast<short>(0xFF00));
     const __m256i even = _mm256_maddubs_epi16(b, _mm256_set1_epi16(57));
-    const __m256i odd = _mm256_maddubs_epi16(b, _mm256_set1_epi16(57 << 8));
-    const __m256i ninth =
-        _mm256_or_si256(_mm256_srli_epi16(even, 9), _mm256_and_si256(_mm256_srli_epi16(odd, 1), high));
+    const __m256i odd = _mm256_mulhi_epu16(b, _mm256_set1_epi16(7282));
+    const __m256i ninth = _mm256_or_si256(_mm256_srli_epi16(even, 9), _mm256_and_si256(odd, high));
     const __m256i below9 = _mm256_sub_epi8(_mm256_sub_epi8(b, ninth), _mm256_slli_epi16(ninth, 3));
     const __m256i even3 = _mm256_maddubs_epi16(ninth, _mm256_set1_epi16(86));
     const __m256i odd3 = _mm256_maddubs_epi16(ninth, _mm256_set1_epi16(86 << 8));
