@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
+from epic_quant.kernels import sum_of
+
 # Larger than the caches of the machines at hand, so that a pass over it reads memory.
 _PROBE_NBYTES = 768 * 1024**2
-_PROBE_COLS = 4096
 
 
 def cpu_name() -> str:
@@ -37,12 +38,13 @@ def available_nbytes() -> int | None:
 def read_bandwidth(rounds: int = 5) -> float:
     """Bytes a second that torch's threads together read from memory: the median of some passes over a large buffer.
 
-    A pass is a product of an fp32 matrix and a vector that stays in cache, the fastest reader that torch has.
+    A pass adds its words up, natively where it can, which does nothing but read.
     """
-    buffer, vector = torch.zeros(_PROBE_NBYTES // 4 // _PROBE_COLS, _PROBE_COLS), torch.ones(_PROBE_COLS)
+    # Ones, since memory that nothing was written to is one page of zeros, in the cache.
+    buffer = torch.ones(_PROBE_NBYTES // 8, dtype=torch.int64)
     times = []
     for _ in range(rounds + 1):
         start = time.perf_counter()
-        buffer @ vector
+        sum_of(buffer)
         times.append(time.perf_counter() - start)
     return buffer.nbytes / statistics.median(times[1:])

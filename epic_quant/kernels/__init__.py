@@ -66,6 +66,18 @@ def description() -> str:
     return f"{isa()} of {', '.join(isas())}; {threads}"
 
 
+def sum_of(words: Tensor) -> int:
+    """The sum of int64 `words` modulo 2^64, read once by torch's number of threads as fast as memory gives them.
+
+    Raises KernelError where `words` is not contiguous int64 in memory.
+    """
+    if words.dtype is not torch.int64 or words.device.type != "cpu" or not words.is_contiguous():
+        raise KernelError(f"words are {words.dtype} on {words.device}, expected contiguous torch.int64")
+    if _NATIVE is None or isa() == REFERENCE:
+        return int(words.sum()) % 2**64
+    return int(_NATIVE.sum_of_words(words.data_ptr(), words.numel(), torch.get_num_threads()))
+
+
 class PackedMatrix:
     """A matrix [rows, cols] as stored, ready to multiply by.
 
@@ -104,7 +116,7 @@ class PackedMatrix:
         """`x` [..., cols], any float dtype but computed in fp32, times the transpose: [..., rows] in x's dtype.
 
         Activations "fp32" are exact to fp32's rounding; "int8" rounds them to 8 bits with a scale for a block of at
-        most 160 in a row. A row of x with NaN or infinity may give NaN where infinity would be right. Raises
+        most 320 in a row. A row of x with NaN or infinity may give NaN where infinity would be right. Raises
         KernelError for no tokens, other inner dims, or what is no float tensor in memory.
         """
         rows, cols = self.shape

@@ -17,7 +17,8 @@ from epic_quant.quant import SCHEMES, linear, quantizer
 # as no step of a kernel falls in with.
 GROUPS = ("", "-g16", "-g32", "-g64", "-g80", "-g128", "-g160", "-g384", "-g10")
 CODINGS = {"bits2", "bits3", "bits4", "bits8", "trits"}
-SPECS = [f"{name}{group}" for name, scheme in SCHEMES.items() if scheme.packing.coding in CODINGS for group in GROUPS]
+KNOWN = [name for name, scheme in SCHEMES.items() if scheme.packing.coding in CODINGS and scheme.levels is not None]
+SPECS = [f"{name}{group}" for name in KNOWN for group in GROUPS]
 ISAS = kernels.isas()[:-1]
 
 

@@ -94,3 +94,15 @@ def test_an_option_that_is_no_number_is_refused(model, run_pytest):
     status, printed = run_pytest("benchmarks/test_footprint.py", "--checkpoint", model, "--context", "0")
     assert status == 4
     assert "--context" in printed
+
+
+@pytest.mark.parametrize(
+    ("isa", "status", "said"),
+    [("reference", 0, "kernels: reference of "), ("avx1024", 2, "EPIC_QUANT_ISA is 'avx1024', but this machine has: ")],
+)
+def test_the_header_says_what_computes_and_refuses_what_is_not_there(isa, status, said, monkeypatch):
+    monkeypatch.setenv("EPIC_QUANT_ISA", isa)
+    ended, printed = pytest_run("--collect-only", "tests/test_errors.py")
+    assert ended == status
+    # Without a native module the line says why instead.
+    assert said in printed or "kernels: torch reference" in printed

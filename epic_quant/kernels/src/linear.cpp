@@ -44,7 +44,8 @@ Plan plan_of(const Weights& weights) {
   const std::size_t group = weights.num_scales == 1 ? round_up(weights.cols, 8 * unit) : plan.group_size;
   plan.kind = group % half ? Blocks::segments : half >= 128 || group % unit ? Blocks::halves : Blocks::units;
   plan.block_units = 1;
-  while (plan.kind == Blocks::units && 2 * plan.block_units * unit <= 128 && group % (2 * plan.block_units * unit) == 0)
+  const std::size_t most = weights.coding == Coding::trits ? 2 * unit : 128;
+  while (plan.kind == Blocks::units && 2 * plan.block_units * unit <= most && group % (2 * plan.block_units * unit) == 0)
     plan.block_units *= 2;
   plan.block_codes = plan.kind == Blocks::halves ? half : plan.block_units * unit;
   const std::size_t block_of_units = plan.block_units * unit;

@@ -98,16 +98,15 @@ struct Unit<Coding::bits3> {
   }
 };
 
-// Five base-3 digits a byte. It is divided by 9, and the quotient by 3, with a multiplication by 57/512 and 86/256,
-// both exact over the range, in 16 bits for the even and the odd bytes; tables split what is below 9.
+// Five base-3 digits a byte. It is divided by 9, and the quotient by 3, by multiplying with 57/512 (7282/65536
+// for odd bytes, the even one below being their fraction) and 86/256, all exact for bytes up to 242; tables split what is below 9.
 template <>
 struct Unit<Coding::trits> {
   static EPIC_QUANT_INLINE void decode(const std::uint8_t* p, __m256i (&c)[5]) {
     const __m256i b = load(p), high = _mm256_set1_epi16(static_cast<short>(0xFF00));
     const __m256i even = _mm256_maddubs_epi16(b, _mm256_set1_epi16(57));
-    const __m256i odd = _mm256_maddubs_epi16(b, _mm256_set1_epi16(57 << 8));
-    const __m256i ninth =
-        _mm256_or_si256(_mm256_srli_epi16(even, 9), _mm256_and_si256(_mm256_srli_epi16(odd, 1), high));
+    const __m256i odd = _mm256_mulhi_epu16(b, _mm256_set1_epi16(7282));
+    const __m256i ninth = _mm256_or_si256(_mm256_srli_epi16(even, 9), _mm256_and_si256(odd, high));
     const __m256i below9 = _mm256_sub_epi8(_mm256_sub_epi8(b, ninth), _mm256_slli_epi16(ninth, 3));
     const __m256i even3 = _mm256_maddubs_epi16(ninth, _mm256_set1_epi16(86));
     const __m256i odd3 = _mm256_maddubs_epi16(ninth, _mm256_set1_epi16(86 << 8));
@@ -376,11 +375,19 @@ void tokens_int8(const Linear& job, std::size_t begin, std::size_t end, void* sc
         for (int v = 0; v < V; ++v, to += kVector) store(to, Signed ? levels.template of<K>(c[v]) : c[v]);
       }
     }
+    // The next rows' bytes come from memory while these are multiplied.
+    const char* next = reinterpret_cast<const char*>(weights.packed + (first + rows) * weights.row_nbytes);
+    std::size_t ahead = end - first - rows;
+    ahead = (ahead < kTileRows ? ahead : kTileRows) * weights.row_nbytes;
+    const std::size_t share = ahead * 2 / (job.tokens + 1) + 64;
     std::size_t token = 0;
-    for (; token + 2 <= job.tokens; token += 2)
+    for (; token + 2 <= job.tokens; token += 2) {
+      for (const std::size_t left = ahead > share ? ahead - share : 0; ahead > left; next += 64)
+        _mm_prefetch(next, _MM_HINT_T1), ahead -= ahead < 64 ? ahead : 64;
       for (std::size_t r = 0; r < rows; r += 4)
         multiply_int8<Signed, B, 4, 2>(job, codes + r * padded, padded, scales + r * blocks, token, first + r,
                                            rows - r, block_vectors);
+    }
     if (token < job.tokens)
       for (std::size_t r = 0; r < rows; r += 4)
         multiply_int8<Signed, B, 4, 1>(job, codes + r * padded, padded, scales + r * blocks, token, first + r,

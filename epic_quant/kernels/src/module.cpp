@@ -73,6 +73,10 @@ struct Matrix {
 NB_MODULE(_native, module) {
   module.def("isas", &isas, "The instruction sets that there are kernels for and this machine has, fastest first.");
   module.def("threads_of", &threads_of);
+  module.def("sum_of_words", [](std::uintptr_t words, std::size_t count, int num_threads) {
+    nb::gil_scoped_release release;
+    return sum_of_words(reinterpret_cast<const std::uint64_t*>(words), count, num_threads);
+  });
   nb::class_<Matrix>(module, "Matrix")
       .def(nb::init<const std::string&, std::uintptr_t, std::uintptr_t, std::size_t, std::size_t, std::size_t,
                     std::size_t, int, int, nb::bytes>())

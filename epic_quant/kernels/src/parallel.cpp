@@ -127,6 +127,19 @@ void parallel_for(std::size_t count, std::size_t grain, int num_threads,
     pool().run(job, num_threads);
 }
 
+std::uint64_t sum_of_words(const std::uint64_t* words, std::size_t count, int num_threads) {
+  std::atomic<std::uint64_t> total{0};
+  parallel_for(count, 1 << 17, num_threads, [&](std::size_t begin, std::size_t end) {
+    std::uint64_t sums[8] = {};
+    std::size_t i = begin;
+    for (; i + 8 <= end; i += 8)
+      for (int lane = 0; lane < 8; ++lane) sums[lane] += words[i + lane];
+    for (; i < end; ++i) sums[0] += words[i];
+    for (const std::uint64_t sum : sums) total.fetch_add(sum, std::memory_order_relaxed);
+  });
+  return total;
+}
+
 const char* threads_of() { return gomp_parallel() ? "openmp" : "own"; }
 
 }  // namespace epic_quant

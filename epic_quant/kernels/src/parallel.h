@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace epic_quant {
 
@@ -18,6 +19,9 @@ void parallel_for(std::size_t count, std::size_t grain, int num_threads, Work&& 
       [](void* context, std::size_t begin, std::size_t end) { (*static_cast<decltype(&work)>(context))(begin, end); },
       &work);
 }
+
+// The sum of `count` words, which must be read for it: as fast as memory gives them to these threads.
+std::uint64_t sum_of_words(const std::uint64_t* words, std::size_t count, int num_threads);
 
 // Whose threads they are: "openmp" for those that torch has, "own" for a pool of this module.
 const char* threads_of();

@@ -32,7 +32,7 @@ struct Table {
 };
 
 // Rows that the kernels for several tokens decode at a time.
-constexpr std::size_t kTileRows = 16;
+constexpr std::size_t kTileRows = 8;
 // Units of a row that the fp32 kernel decodes at a time, and the tokens that it multiplies by them.
 constexpr std::size_t kTileCodes = 512;
 constexpr std::size_t kTileTokens = 48;
