@@ -4,7 +4,7 @@
 
 It looks at calibration text alone; what is reported of the policies found comes from evaluation text. Errors of parts
 of K and of V that are small and stored apart add up in squares, nearly: so every part is tried by itself, all sums are
-ranked, and the best of them are tried whole.
+ranked, the best of them are tried whole, and the best of those is changed a part at a time while that makes it better.
 """
 
 from __future__ import annotations
@@ -34,30 +34,34 @@ WHERE = {FULL: "full", SLIDING: "sliding"}
 E4B_TOKENS = 8191
 MAX_BITS = 4.25
 
-BITS = (2, 3, 4, 5, 6)
+SYMMETRIC = [*(f"int{bits}" for bits in (2, 3, 4, 5)), *(f"codebook{bits}" for bits in (2, 3, 4))]
+AFFINE = [f"affine{bits}" for bits in (2, 3, 4, 5)]
 BY_TOKEN = [
-    *(f"int{bits}{rest}" for bits in BITS for rest in ("", "+had512")),
-    *(f"codebook{bits}{rest}" for bits in (2, 3, 4) for rest in ("", "+had512")),
-    *(f"affine{bits}" for bits in (2, 3, 4)),
+    *(
+        f"{scheme}{turned}{center}"
+        for scheme in SYMMETRIC
+        for turned in ("", "+had512")
+        for center in ("", "+center32", "+center32+unbiased")
+    ),
+    *AFFINE,
 ]
+# A channel that has a zero point needs no center. What stands out in few levels costs the others much.
 BY_CHANNEL = [
-    f"{scheme}@{block}"
-    for scheme in (
-        *(f"int{bits}" for bits in BITS),
-        *(f"{family}{bits}" for family in ("codebook", "affine") for bits in (2, 3, 4)),
-    )
-    for block in (64, 128)
+    *(f"{scheme}@64" for scheme in SYMMETRIC),
+    *(f"{scheme}{turned}@{block}" for scheme in AFFINE for turned in ("", "+had512") for block in (32, 64, 128)),
+    *(f"{scheme}+clip{percent}@{block}" for scheme in AFFINE[:2] for percent in (5, 10) for block in (32, 64, 128)),
 ]
 # What is left unquantized. The first tokens draw much attention, whatever they are, and cost next to nothing; the
 # newest are looked at most.
-KEPT = {FULL: ("first=4", "first=4/recent=32"), SLIDING: ("", "recent=16")}
+IMPROVED = 3
+KEPT = {FULL: ("first=4", "first=4/recent=16", "first=4/recent=32"), SLIDING: ("", "recent=16")}
 
 
 @dataclass(frozen=True)
 class Trial:
     """What was stored how, on one layer type, and what came of it."""
 
-    parts: Mapping[str, str]  # "k.rotated" to "int4@64", …
+    parts: dict[str, str]  # "k.rotated" to "int4@64", …
     kept: str
     squared_error: float  # of the attention output, relative
     bits: tuple[float, ...]  # a value, in each of the search's places
@@ -72,6 +76,8 @@ class Search:
             (replace(config, layers=tuple(spec for spec in config.layers if spec.layer_type == layer_type)), tokens)
             for config, tokens in places
         ]
+        self._errors: dict[KVPolicy, float] = {}
+        self._options: dict[tuple[str, str], list[Trial]] = {}
 
     def policy(self, parts: Mapping[str, str], kept: str) -> KVPolicy:
         """The policy that stores these parts so and leaves all else, the other layer type included, in bf16."""
@@ -87,20 +93,28 @@ class Search:
     def trial(self, parts: Mapping[str, str], kept: str) -> Trial:
         """Measure it."""
         policy = self.policy(parts, kept)
-        return Trial(parts, kept, self.judge.error(policy).attention_rel_l2 ** 2, self.bits(policy))
+        if policy not in self._errors:
+            self._errors[policy] = self.judge.error(policy).attention_rel_l2 ** 2
+        return Trial(parts, kept, self._errors[policy], self.bits(policy))
 
     def options(self, part: str, kept: str) -> list[Trial]:
         """Every scheme on one part alone, without those that another is not larger and not worse than.
 
-        Bits are those that the part adds to a cache without it.
+        Bits are those that the part adds to a cache without it; the error, in which it differs little, is that with
+        the least kept.
         """
+        if (part, kept) in self._options:
+            return self._options[part, kept]
         share = self._share(part)
         tried = []
         for spec in (*BY_TOKEN, *BY_CHANNEL):
-            trial = self.trial({part: spec}, kept)
-            added = tuple(bits - 16 * (1 - its) for bits, its in zip(trial.bits, share, strict=True))
-            tried.append(replace(trial, bits=added))
-        return [one for one in tried if not any(_beats(other, one) for other in tried)]
+            trial = self.trial({part: spec}, KEPT[self.layer_type][0])
+            bits = self.bits(self.policy(trial.parts, kept))
+            added = tuple(all_bits - 16 * (1 - its) for all_bits, its in zip(bits, share, strict=True))
+            tried.append(replace(trial, kept=kept, bits=added))
+        best = [one for one in tried if not any(_beats(other, one) for other in tried)]
+        self._options[part, kept] = best
+        return best
 
     def _share(self, part: str) -> tuple[float, ...]:
         """What part of all values it is, in each place: found by storing it in twice the bits."""
@@ -123,10 +137,33 @@ class Search:
                 )
 
     def best(self, sums: list[Trial], budget: tuple[float, ...], tried: int) -> list[Trial]:
-        """The best sums within the budget, measured whole, those that then keep to it, the best first."""
-        within = sorted((one for one in sums if _fits(one, budget)), key=lambda one: one.squared_error)
+        """The best sums within the budget, measured whole, those that then keep to it; what became of the first few
+        of them by changing parts; the best of all first.
+        """
+        within = sorted((one for one in sums if _fits(one.bits, budget)), key=_error)
         whole = (self.trial(one.parts, one.kept) for one in within[:tried])
-        return sorted((one for one in whole if _fits(one, budget)), key=lambda one: one.squared_error)
+        found = sorted((one for one in whole if _fits(one.bits, budget)), key=_error)
+        for one in found[:IMPROVED]:
+            if (better := self._improved(one, budget)) not in found:
+                found.append(better)
+        return sorted(found, key=_error)
+
+    def _improved(self, one: Trial, budget: tuple[float, ...]) -> Trial:
+        """What becomes of it by taking the best change within the budget, again and again, while it is one."""
+        while True:
+            changes = [
+                (one.parts | option.parts, one.kept) for part in one.parts for option in self.options(part, one.kept)
+            ]
+            changes += [(one.parts, kept) for kept in KEPT[self.layer_type]]
+            within = (change for change in changes if _fits(self.bits(self.policy(*change)), budget))
+            best = min((self.trial(*change) for change in within), key=_error)
+            if best.squared_error >= one.squared_error:
+                return one
+            one = best
+
+
+def _error(one: Trial) -> float:
+    return one.squared_error
 
 
 def _beats(other: Trial, one: Trial) -> bool:
@@ -134,8 +171,8 @@ def _beats(other: Trial, one: Trial) -> bool:
     return other.squared_error < one.squared_error and all(a <= b for a, b in zip(other.bits, one.bits, strict=True))
 
 
-def _fits(one: Trial, budget: tuple[float, ...]) -> bool:
-    return all(bits <= most + 1e-9 for bits, most in zip(one.bits, budget, strict=True))
+def _fits(bits: tuple[float, ...], budget: tuple[float, ...]) -> bool:
+    return all(its <= most + 1e-9 for its, most in zip(bits, budget, strict=True))
 
 
 def search(checkpoint: Checkpoint, text: Path, num_windows: int, window_tokens: int, tried: int) -> None:
