@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import EpicQuantError
@@ -33,24 +35,29 @@ WHERE = {FULL: "full", SLIDING: "sliding"}
 # last one of a power of two.
 E4B_TOKENS = 8191
 MAX_BITS = 4.25
+# 4 bits and more may cost a tenth more than the codes.
+MAX_OVERHEAD = 1.1
 
-BITS = (2, 3, 4, 5, 6)
+SYMMETRIC = [*(f"int{bits}" for bits in (2, 3, 4, 5, 6)), *(f"codebook{bits}" for bits in (2, 3, 4))]
+AFFINE = [f"affine{bits}" for bits in (2, 3, 4, 5)]
 BY_TOKEN = [
-    *(f"int{bits}{rest}" for bits in BITS for rest in ("", "+had512")),
-    *(f"codebook{bits}{rest}" for bits in (2, 3, 4) for rest in ("", "+had512")),
-    *(f"affine{bits}" for bits in (2, 3, 4)),
+    *(
+        f"{scheme}{turned}{center}"
+        for scheme in SYMMETRIC
+        for turned in ("", "+had512")
+        for center in ("", "+center32", "+center32+unbiased")
+    ),
+    *AFFINE,
 ]
+# A channel that has a zero point needs no center. What stands out in few levels costs the others much.
 BY_CHANNEL = [
-    f"{scheme}@{block}"
-    for scheme in (
-        *(f"int{bits}" for bits in BITS),
-        *(f"{family}{bits}" for family in ("codebook", "affine") for bits in (2, 3, 4)),
-    )
-    for block in (64, 128)
+    *(f"{scheme}@64" for scheme in SYMMETRIC),
+    *(f"{scheme}{turned}@{block}" for scheme in AFFINE for turned in ("", "+had512") for block in (32, 64, 128)),
+    *(f"{scheme}+clip{percent}@{block}" for scheme in AFFINE[:2] for percent in (5, 10) for block in (32, 64, 128)),
 ]
 # What is left unquantized. The first tokens draw much attention, whatever they are, and cost next to nothing; the
 # newest are looked at most.
-KEPT = {FULL: ("first=4", "first=4/recent=32"), SLIDING: ("", "recent=16")}
+KEPT = {FULL: ("first=4", "first=4/recent=16", "first=4/recent=32"), SLIDING: ("", "recent=16")}
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,19 @@ class Trial:
     kept: str
     squared_error: float  # of the attention output, relative
     bits: tuple[float, ...]  # a value, in each of the search's places
+    code_bits: float  # of them those of the codes themselves, on E4B
+
+
+class Budget(NamedTuple):
+    """Bits a value in each place, and the most that they may be on E4B in units of those of the codes."""
+
+    bits: tuple[float, ...]
+    overhead: float = math.inf
+
+    def holds(self, one: Trial) -> bool:
+        """Whether the trial keeps to it."""
+        within = all(bits <= most + 1e-9 for bits, most in zip(one.bits, self.bits, strict=True))
+        return within and one.bits[-1] <= self.overhead * one.code_bits
 
 
 class Search:
@@ -72,6 +92,7 @@ class Search:
             (replace(config, layers=tuple(spec for spec in config.layers if spec.layer_type == layer_type)), tokens)
             for config, tokens in places
         ]
+        self._errors: dict[KVPolicy, float] = {}
 
     def policy(self, parts: Mapping[str, str], kept: str) -> KVPolicy:
         """The policy that stores these parts so and leaves all else, the other layer type included, in bf16."""
@@ -87,19 +108,24 @@ class Search:
     def trial(self, parts: Mapping[str, str], kept: str) -> Trial:
         """Measure it."""
         policy = self.policy(parts, kept)
-        return Trial(parts, kept, self.judge.error(policy).attention_rel_l2 ** 2, self.bits(policy))
+        code_bits = sum(self._share(part)[-1] * _code_bits(spec) for part, spec in parts.items())
+        if policy not in self._errors:
+            self._errors[policy] = self.judge.error(policy).attention_rel_l2 ** 2
+        return Trial(parts, kept, self._errors[policy], self.bits(policy), code_bits)
 
     def options(self, part: str, kept: str) -> list[Trial]:
         """Every scheme on one part alone, without those that another is not larger and not worse than.
 
-        Bits are those that the part adds to a cache without it.
+        Bits are those that the part adds to a cache without it; the error, in which it differs little, is that with
+        the least kept.
         """
         share = self._share(part)
         tried = []
         for spec in (*BY_TOKEN, *BY_CHANNEL):
-            trial = self.trial({part: spec}, kept)
-            added = tuple(bits - 16 * (1 - its) for bits, its in zip(trial.bits, share, strict=True))
-            tried.append(replace(trial, bits=added))
+            trial = self.trial({part: spec}, KEPT[self.layer_type][0])
+            bits = self.bits(self.policy(trial.parts, kept))
+            added = tuple(all_bits - 16 * (1 - its) for all_bits, its in zip(bits, share, strict=True))
+            tried.append(replace(trial, kept=kept, bits=added))
         return [one for one in tried if not any(_beats(other, one) for other in tried)]
 
     def _share(self, part: str) -> tuple[float, ...]:
@@ -120,22 +146,28 @@ class Search:
                     kept,
                     sum(trial.squared_error for trial in trials),
                     tuple(sum(bits) for bits in zip(*(trial.bits for trial in trials), strict=True)),
+                    sum(trial.code_bits for trial in trials),
                 )
 
-    def best(self, sums: list[Trial], budget: tuple[float, ...], tried: int) -> list[Trial]:
+    def best(self, sums: list[Trial], budget: Budget, tried: int) -> list[Trial]:
         """The best sums within the budget, measured whole, those that then keep to it, the best first."""
-        within = sorted((one for one in sums if _fits(one, budget)), key=lambda one: one.squared_error)
+        within = sorted((one for one in sums if budget.holds(one)), key=_error)
         whole = (self.trial(one.parts, one.kept) for one in within[:tried])
-        return sorted((one for one in whole if _fits(one, budget)), key=lambda one: one.squared_error)
+        return sorted((one for one in whole if budget.holds(one)), key=_error)
+
+
+def _code_bits(spec: str) -> int:
+    """The number in the name of its scheme."""
+    return next(int(letter) for letter in spec if letter.isdigit())
+
+
+def _error(one: Trial) -> float:
+    return one.squared_error
 
 
 def _beats(other: Trial, one: Trial) -> bool:
     """Whether the other is no larger anywhere and less wrong."""
     return other.squared_error < one.squared_error and all(a <= b for a, b in zip(other.bits, one.bits, strict=True))
-
-
-def _fits(one: Trial, budget: tuple[float, ...]) -> bool:
-    return all(bits <= most + 1e-9 for bits, most in zip(one.bits, budget, strict=True))
 
 
 def search(checkpoint: Checkpoint, text: Path, num_windows: int, window_tokens: int, tried: int) -> None:
@@ -148,12 +180,12 @@ def search(checkpoint: Checkpoint, text: Path, num_windows: int, window_tokens: 
     for layer_type in (FULL, SLIDING):
         one = Search(Judge(texts, layer_type), layer_type, [(config, window_tokens), (E4B, E4B_TOKENS)])
         sums = list(one.sums())
-        budgets = {"p-rope": one.bits(NAMED["original"]), "p-rope-4": (MAX_BITS,) * 2}
+        budgets = {"p-rope": Budget(one.bits(NAMED["original"])), "p-rope-4": Budget((MAX_BITS,) * 2, MAX_OVERHEAD)}
         print(f"\n{layer_type}: {len(sums):,} combinations")
         for name in ("original", "original+ls", "original-inverted", "int4", "int4+had", "per-channel-k"):
             print(_line(name, one.judge.error(NAMED[name]).attention_rel_l2, one.bits(NAMED[name])))
         for name, budget in budgets.items():
-            print(f"  {name}, at most {_bits(budget)}:")
+            print(f"  {name}, at most {_bits(budget.bits)}:")
             best = one.best(sums, budget, tried)
             for trial in best[:5]:
                 print(_line(one.policy(trial.parts, trial.kept).name, trial.squared_error**0.5, trial.bits))
@@ -178,7 +210,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=HERE / "mini_gemma4", metavar="SOURCE", help="file, folder or hub id")
     parser.add_argument("--text", type=Path, default=HERE / "mini_gemma4" / "calibration.txt", metavar="FILE")
-    parser.add_argument("--windows", type=int, default=1, metavar="N", help="windows of the text (1)")
+    parser.add_argument("--windows", type=int, default=2, metavar="N", help="windows of the text (2)")
     parser.add_argument("--window-tokens", type=int, default=2048, metavar="N", help="tokens of each (2048)")
     parser.add_argument("--tried", type=int, default=24, metavar="N", help="combinations measured whole (24)")
     options = parser.parse_args()

@@ -264,7 +264,7 @@ def test_the_searched_policies_keep_to_their_budgets(layer_type, run):
 @pytest.mark.parametrize(
     ("better", "other", "most"),
     [
-        pytest.param("p-rope", "original", 0.5, marks=pytest.mark.xfail(strict=True, reason="not reached yet")),
+        ("p-rope", "original", 0.5),
         ("p-rope", "original+ls", 0.8),
         ("p-rope-4", "int4", 0.7),
     ],

@@ -150,10 +150,10 @@ _SPECS = {
     "original+ls": "int4/full.k.unrotated=int2/full.v.unrotated=int2",
     "original-inverted": "int4/full.k.rotated=int2/full.k.unrotated=int3/full.v=int2",
     # Found by benchmarks/search_kv.py.
-    "p-rope": "full.k.rotated=affine3@64/full.k.unrotated=codebook2/full.v=int2@64/full.first=4/full.recent=32"
-    "/sliding.k=int4+had512/sliding.v=codebook4+had512",
-    "p-rope-4": "full.k.rotated=affine4@128/full.k.unrotated=codebook4/full.v=affine3@64/full.first=4/full.recent=32"
-    "/sliding.k=int4+had512/sliding.v=codebook4+had512",
+    "p-rope": "full.k.rotated=affine4@128/full.k.unrotated=codebook2+had512+center32+unbiased"
+    "/full.v=affine2+had512+clip12@128/full.first=2/sliding.k=int4+had512/sliding.v=codebook4+had512",
+    "p-rope-4": "full.k.rotated=int6/full.k.unrotated=codebook3+had512+center32+unbiased"
+    "/full.v=affine4+had512@128/full.first=4/sliding.k=int4+had512/sliding.v=codebook4+had512",
 }
 
 NAMED: Mapping[str, KVPolicy] = MappingProxyType(

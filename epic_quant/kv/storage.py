@@ -14,53 +14,84 @@ from epic_quant.quant import SCHEMES, Quantizer, quantizer
 # Dtypes in which K and V are stored as they are.
 PLAIN = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _NAMES = sorted({*SCHEMES, *PLAIN})
+_OPTIONS = re.compile(r"(.*?)(?:\+center([1-9][0-9]{0,8}))?(?:\+clip([1-9][0-9]?))?(\+unbiased)?")
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A plain dtype, or a quantizer and along what its groups run: `SCHEME[-gGROUP][+hadBLOCK][@BLOCK]`.
+    """A plain dtype, or a quantizer, along what its groups run, and what is done to values before and after.
 
-    Without `block` every token and head has its own scales, one for every group of dims; with it every channel has one
-    scale for `block` tokens. A quantizer's Hadamard turn is over the dims in either case. Raises SpecError for settings
-    that contradict each other.
+    `SCHEME[-gGROUP][+hadBLOCK][+centerTOKENS][+clipPERCENT][+unbiased][@BLOCK]`. Without `block` every token and head
+    has its own scales, one for every group of dims; with it every channel has one scale for `block` tokens. A
+    quantizer's Hadamard turn is over the dims in either case.
+
+    - `center` takes a fixed offset off every head and channel: the mean of so many tokens, rounded up to whole blocks,
+      the first that are quantized, which wait until all of them are there.
+    - `clip` moves what is in the outer so many percent of the range, at either end, to where they begin.
+    - `unbiased`: a scale of least squares shortens what it stores; this lengthens it again, so that products with
+      queries are right on average, as RaBitQ does (Gao and Long, 2024).
+
+    Raises SpecError for settings that contradict each other.
     """
 
     how: Quantizer | torch.dtype
     block: int | None = None
+    center: int | None = None
+    clip: int | None = None
+    unbiased: bool = False
 
     def __post_init__(self) -> None:
+        options = (self.block, self.center, self.clip, self.unbiased or None)
         if isinstance(self.how, torch.dtype):
-            if self.how not in PLAIN.values() or self.block is not None:
-                raise SpecError(f"{self}: what is not quantized is stored as {' or '.join(PLAIN)}, without a block")
-        elif self.how.gptq:
+            if self.how not in PLAIN.values() or any(option is not None for option in options):
+                raise SpecError(f"{self}: what is not quantized is stored as {' or '.join(PLAIN)}, without options")
+            return
+        if self.how.gptq:
             raise SpecError(f"{self}: +gptq needs a layer's inputs, which a cache does not see")
-        elif self.how.scheme.scales_per_group == 0:
+        if self.how.scheme.scales_per_group == 0:
             raise SpecError(f"{self}: {self.how.scheme.name} is given as torch.bfloat16")
-        elif self.block is not None and self.how.group_size is not None:
+        if self.block is not None and self.how.group_size is not None:
             raise SpecError(f"{self}: scales are either for groups of dims or for blocks of tokens, not for both")
         # Eight codes of any width are whole bytes.
         if self.block is not None and (self.block < 1 or self.block % 8):
             raise SpecError(f"{self}: a block of tokens must be a multiple of 8")
+        if self.center is not None and self.center < 1:
+            raise SpecError(f"{self}: a center is the mean of 1 token or more")
+        if self.clip is not None and not 1 <= self.clip < 50:
+            raise SpecError(f"{self}: what is clipped at either end must be 1 to 49 percent")
+        if (self.clip or self.unbiased) and self.how.group_size is not None:
+            raise SpecError(f"{self}: +clip and +unbiased are for a whole row of dims, without groups")
+        if self.unbiased and self.how.scheme.scales_per_group != 1:
+            raise SpecError(f"{self}: +unbiased is for schemes without a zero point")
 
     @classmethod
     def parse(cls, text: str) -> Storage:
-        """Read `int4-g64+had128`, `int4@64`, `bf16` …; `str` is the inverse. Raises SpecError on any other text."""
+        """Read `int4-g64+had128`, `int4+center32@64`, `bf16` …; `str` is the inverse.
+
+        Raises SpecError on any other text.
+        """
         if text in PLAIN:
             return cls(PLAIN[text])
         if not begins_with_a_scheme(text):
             raise SpecError(unknown("scheme", text, _NAMES))
         if not begins_with_a_scheme(text, SCHEMES.keys() - PLAIN):
-            raise SpecError(f"{text}: what is not quantized takes no group, hadamard or block")
+            raise SpecError(f"{text}: what is not quantized takes no group, hadamard or block, nor another option")
         spec, at, block = text.partition("@")
         if at and not re.fullmatch("[1-9][0-9]{0,8}", block):
             raise SpecError(f"{text}: {block!r} is not a number of tokens")
-        return cls(quantizer(spec), int(block) if at else None)
+        options = _OPTIONS.fullmatch(spec)
+        assert options is not None  # it takes any text
+        center, clip = (int(number) if number else None for number in options.group(2, 3))
+        return cls(quantizer(options[1]), int(block) if at else None, center, clip, options[4] is not None)
 
     def __str__(self) -> str:
         if isinstance(self.how, torch.dtype):
             spec = next((name for name, dtype in PLAIN.items() if dtype == self.how), str(self.how))
         else:
             spec = self.how.spec
+        spec += "" if self.center is None else f"+center{self.center}"
+        spec += "" if self.clip is None else f"+clip{self.clip}"
+        spec += "+unbiased" if self.unbiased else ""
         return spec if self.block is None else f"{spec}@{self.block}"
 
 

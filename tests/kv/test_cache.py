@@ -77,6 +77,80 @@ def test_rotated_and_unrotated_dims_are_stored_apart(config):
     assert torch.equal(cache.values(FULL)[..., UNROTATED], rows_decoded("codebook2+had8", v[..., UNROTATED]))
 
 
+@pytest.mark.parametrize(("first", "lead"), [(3, 3), (8, 0), (11, 3)])
+def test_blocks_begin_at_multiples_of_their_length(config, first, lead):
+    """The places of the first tokens, which are kept as they came, hold the token after them."""
+    k, v = keys_and_values(config, FULL, 27)
+    k[:, :first] *= 100
+    cache = filled(config, f"k=affine2@8/first={first}", FULL, k, v)
+    body = k[:, first - lead : 24].clone()
+    body[:, :lead] = body[:, lead : lead + 1]
+    assert torch.equal(cache.keys(FULL)[:, :first], k[:, :first])
+    assert torch.equal(cache.keys(FULL)[:, first:24], channels_decoded("affine2", body, 8)[:, lead:])
+    assert torch.equal(cache.keys(FULL)[:, 24:], k[:, 24:])
+    assert cache.nbytes == 64 * ((first + 3) * 4 + body.shape[1] // 8 * (2 + 2 * 2) + 27 * 2)
+
+
+def means(x):
+    """Of tokens, [heads, tokens, dims] to [heads, 1, dims], as they are stored."""
+    return torch.from_numpy(x.double().numpy().mean(1, keepdims=True).astype(np.float16)).float()
+
+
+@pytest.mark.parametrize("spec", ["int4", "codebook2+had32"])
+def test_a_center_is_the_mean_of_the_first_quantized_tokens(config, spec):
+    k, v = (x + 3 for x in keys_and_values(config, FULL, 30))
+    cache = filled(config, f"k={spec}+center9/first=2/recent=4", FULL, k, v)
+    mean = means(k[:, 2:11])
+    expected = torch.cat([k[:, :2], rows_decoded(spec, k[:, 2:26] - mean) + mean, k[:, 26:]], dim=1)
+    assert relative_l2(cache.keys(FULL), expected) <= 1e-6
+    row = {"int4": 16, "codebook2+had32": 8}[spec] + 2
+    assert cache.nbytes == 2 * (24 * row + 6 * 32 * 4 + 32 * 2) + 2 * 30 * 32 * 2
+
+
+def test_a_center_of_blocks_is_that_of_whole_ones(config):
+    """Of two blocks of 8 for 9 tokens, without the first ones; till then tokens wait, and no center is stored."""
+    k, v = (x + 3 for x in keys_and_values(config, FULL, 30))
+    policy = "k=int3+center9@8/first=3"
+    cache = filled(config, policy, FULL, k, v)
+    mean, body = means(k[:, 3:16]), k[:, :24].clone()
+    body[:, :3] = body[:, 3:4]
+    expected = channels_decoded("int3", body - mean, 8) + mean
+    assert relative_l2(cache.keys(FULL)[:, 3:24], expected[:, 3:]) <= 1e-6
+    waiting = filled(config, policy, FULL, k[:, :15], v[:, :15])
+    assert torch.equal(waiting.keys(FULL), k[:, :15])
+    assert waiting.nbytes == 15 * 64 * (4 + 2)
+
+
+def test_a_ring_keeps_its_center(config):
+    """And takes no more tokens for it than the window holds."""
+    k, v = (x + 3 for x in keys_and_values(config, SLIDING, 60))
+    cache = filled(config, "k=int4+center64", SLIDING, k, v, lots=7)
+    mean = means(k[:, :WINDOW])
+    expected = rows_decoded("int4", k[:, -WINDOW:] - mean) + mean
+    assert relative_l2(cache.keys(SLIDING), expected) <= 1e-6
+    assert cache.nbytes == 2 * (WINDOW * (8 + 2) + 16 * 2) + 2 * WINDOW * 16 * 2
+
+
+def test_what_is_clipped_is_the_outer_part_of_the_range(config):
+    k, v = keys_and_values(config, FULL, 16)
+    blocks = k.unflatten(1, (-1, 8)).numpy()
+    low, high = blocks.min(2, keepdims=True), blocks.max(2, keepdims=True)
+    inner = np.clip(blocks, low + (high - low) / 10, high - (high - low) / 10)
+    expected = channels_decoded("affine2", torch.from_numpy(inner).flatten(1, 2), 8)
+    assert relative_l2(filled(config, "affine2+clip10@8", FULL, k, v).keys(FULL), expected) <= 1e-3
+
+
+@pytest.mark.parametrize("spec", ["codebook2+had32", "int2", "ternary"])
+def test_unbiased_rows_are_those_of_the_quantizer_at_their_right_length(config, spec):
+    """<x, y> = <x, x>, up to the rounding of a scale to fp16."""
+    k, v = keys_and_values(config, FULL, 16)
+    plain = rows_decoded(spec, k)
+    expected = plain * (k.square().sum(-1, keepdim=True) / (k * plain).sum(-1, keepdim=True))
+    assert relative_l2(filled(config, f"{spec}+unbiased", FULL, k, v).keys(FULL), expected) <= 1e-3
+    for extreme in (k * 1e35, k * 0):
+        assert filled(config, f"{spec}+unbiased", FULL, extreme, v).keys(FULL).isfinite().all()
+
+
 def test_a_sliding_head_is_rotated_whole(config):
     k, v = keys_and_values(config, SLIDING, 5)
     cache = filled(config, "k.rotated=int4/k.unrotated=int8", SLIDING, k, v)
@@ -123,6 +197,8 @@ POLICIES = [
     "int4@64/recent=5",
     "k.rotated=int4@16/k.unrotated=int2/recent=3/first=5",
     "absmax4/full.k.unrotated=absmax2@8/recent=25/first=1",
+    "k=int4+center7/v=affine2+clip10@8/recent=4/first=11",
+    "k=int2+center20+unbiased@16/v=int3-g8+center40/first=5",
 ]
 
 
@@ -209,8 +285,8 @@ def test_a_long_prompt_is_stored_in_lots(config):
     assert torch.equal(cache.keys(FULL)[:, last], rows_decoded("int4", k[:, last]).bfloat16())
 
 
-def test_a_reset_cache_is_as_new(config):
-    policy = "k=int4@8/v=int4/recent=3/first=2"
+@pytest.mark.parametrize("policy", ["k=int4@8/v=int4/recent=3/first=2", "k=int4+center9@8/v=int4+center5/first=2"])
+def test_a_reset_cache_is_as_new(config, policy):
     k, v = keys_and_values(config, FULL, 50)
     used, fresh = (
         filled(config, policy, FULL, *keys_and_values(config, FULL, 33, seed=1)),

@@ -12,7 +12,10 @@ from epic_quant.kv import NAMED, KVCache, KVPolicy, LayerPolicy, Storage
 from epic_quant.quant import quantizer
 
 storages = st.sampled_from(
-    ["bf16", "fp32", "int4", "int4-g8", "int3+had16", "int8-g8+had32", "absmax2@8", "codebook3@16", "ternary+had8@8"]
+    [
+        *("bf16", "fp32", "int4", "int4-g8", "int3+had16", "int8-g8+had32", "absmax2@8", "codebook3@16"),
+        *("ternary+had8@8", "int4+had8+center30", "int2+center9+clip5+unbiased@8", "affine2-g8+center1"),
+    ]
 ).map(Storage.parse)
 heads = st.tuples(storages) | st.tuples(storages, storages)
 full_layers = st.builds(LayerPolicy, heads, heads, st.integers(0, 30), st.integers(0, 9))
@@ -76,6 +79,14 @@ def test_later_parts_override_what_they_cover(text, same):
         ("k=bf16@64", "takes no group, hadamard or block"),
         ("k=fp32+had64", "takes no group, hadamard or block"),
         ("k=int4+had48", "must be a power of two"),
+        ("k=int4+center0", "unknown stage 'center0'"),
+        ("k=int4+center", "unknown stage 'center'"),
+        ("k=int4+unbiased+center4", "unknown stage 'unbiased'"),
+        ("k=int4+clip50", "must be 1 to 49 percent"),
+        ("k=int4-g8+clip5", "without groups"),
+        ("k=int4-g8+unbiased", "without groups"),
+        ("k=affine4+unbiased", "without a zero point"),
+        ("k=bf16+center4", "nor another option"),
     ],
 )
 def test_a_wrong_policy_is_one_clear_line(text, message):
@@ -90,6 +101,8 @@ def test_a_wrong_policy_is_one_clear_line(text, message):
     [
         lambda: Storage(torch.float16),
         lambda: Storage(torch.bfloat16, 64),
+        lambda: Storage(torch.bfloat16, center=4),
+        lambda: Storage(quantizer("int4"), center=0),
         lambda: Storage(quantizer("bf16")),
         lambda: LayerPolicy(recent=-1),
         lambda: KVPolicy(sliding=LayerPolicy(first=3)),

@@ -17,9 +17,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="session")
 def process_of():
     """The command and where and how to run it."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "NO_COLOR"))}
 
     def of(*arguments, cwd=REPOSITORY):
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "NO_COLOR"))
+        }
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *map(str, arguments)]
         return {"args": command, "cwd": cwd, "env": environment}
 

@@ -100,9 +100,9 @@ def test_an_option_that_is_no_number_is_refused(model, run_pytest):
     ("isa", "status", "said"),
     [("reference", 0, "kernels: reference of "), ("avx1024", 2, "EPIC_QUANT_ISA is 'avx1024', but this machine has: ")],
 )
-def test_the_header_says_what_computes_and_refuses_what_is_not_there(isa, status, said, monkeypatch):
+def test_the_header_says_what_computes_and_refuses_what_is_not_there(isa, status, said, monkeypatch, run_pytest):
     monkeypatch.setenv("EPIC_QUANT_ISA", isa)
-    ended, printed = pytest_run("--collect-only", "tests/test_errors.py")
+    ended, printed = run_pytest("--collect-only", "tests/test_errors.py")
     assert ended == status
     # Without a native module the line says why instead.
     assert said in printed or "kernels: torch reference" in printed
