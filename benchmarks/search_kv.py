@@ -53,11 +53,17 @@ BY_TOKEN = [
 BY_CHANNEL = [
     *(f"{scheme}@64" for scheme in SYMMETRIC),
     *(f"{scheme}{turned}@{block}" for scheme in AFFINE for turned in ("", "+had512") for block in (32, 64, 128)),
-    *(f"{scheme}+clip{percent}@{block}" for scheme in AFFINE[:2] for percent in (5, 10) for block in (32, 64, 128)),
+    *(
+        f"{scheme}{turned}+clip{percent}@{block}"
+        for scheme in AFFINE[:2]
+        for turned in ("", "+had512")
+        for percent in (5, 10, 12)
+        for block in (64, 128)
+    ),
 ]
 # What is left unquantized. The first tokens draw much attention, whatever they are, and cost next to nothing; the
 # newest are looked at most.
-KEPT = {FULL: ("first=4", "first=4/recent=16", "first=4/recent=32"), SLIDING: ("", "recent=16")}
+KEPT = {FULL: ("first=2", "first=4", "first=4/recent=16", "first=4/recent=32"), SLIDING: ("", "recent=16")}
 
 
 @dataclass(frozen=True)
