@@ -29,6 +29,16 @@ class _Judged:
     error: str
     errors: Callable[[str], float | None]
 
+    def worth_their_bytes(self) -> list[Sized]:
+        """The Pareto front, less those that one standard error hides from a smaller one."""
+        found: list[Sized] = []
+        for point in front(self.points):
+            if not found or found[-1][2] - point[2] > math.hypot(
+                *(self.errors(p[0]) or 0.0 for p in (found[-1], point))
+            ):
+                found.append(point)
+        return found
+
 
 def blocks(run: Run) -> list[Block]:
     """The choice as a table and a plot, then the findings; what there are no records for is left out."""
@@ -62,7 +72,7 @@ def _judged(run: Run) -> _Judged | None:
 
 
 def _choice(run: Run, judged: _Judged) -> list[Block]:
-    least = front(judged.points)
+    least = judged.worth_their_bytes()
     e4b = {} if run.facts["checkpoint"]["kind"] == "user" else resident_nbytes(run, E4B)
     # A column in which little is known says less than it takes room.
     e4b = e4b if 2 * sum(name in e4b for name, _, _ in least) > len(least) else {}
@@ -92,7 +102,7 @@ def _choice(run: Run, judged: _Judged) -> list[Block]:
     return [
         Paragraph(
             f"Find the resident MB that you have: of {len(judged.points)} policies measured, the row names the "
-            "one with the least error that fits."
+            "one with the least error that fits, and the smallest of those that one standard error does not tell apart."
         ),
         Table(tuple(columns), tuple(rows), num_text_columns=2, has_remark=True),
         Paragraph(
@@ -106,12 +116,9 @@ def _why(run: Run, judged: _Judged, smaller: list[Sized], chosen: Sized, upper: 
     name, nbytes, error = chosen
     reasons = []
     if smaller:
-        before, before_nbytes, before_error = smaller[-1]
+        _, before_nbytes, before_error = smaller[-1]
         gain = f"{significant(before_error / error)}× less error" if error else "no error"
-        gain += f" for {megabytes(nbytes - before_nbytes)} MB more than the next smaller"
-        spread = math.hypot(judged.errors(name) or 0.0, judged.errors(before) or 0.0)
-        doubt = ", within one standard error" if before_error - error <= spread else ""
-        reasons.append(gain + doubt)
+        reasons.append(gain + f" for {megabytes(nbytes - before_nbytes)} MB more than the next smaller")
     else:
         reasons.append("the smallest that was measured")
     floor = run.value("quality", "kl_divergence", policy=quality.NOISE_FLOOR)
@@ -133,7 +140,7 @@ def _why(run: Run, judged: _Judged, smaller: list[Sized], chosen: Sized, upper: 
 
 def _strings(run: Run, judged: _Judged) -> list[Block]:
     """What `--policy` takes for each recipe that is chosen; a named policy's name does."""
-    chosen = [name for name, _, _ in front(judged.points) if recipe.is_recipe(run, name)]
+    chosen = [name for name, _, _ in judged.worth_their_bytes() if recipe.is_recipe(run, name)]
     rows = tuple((code(recipe.brief(run, name)), code(run.policy_string(name))) for name in chosen)
     table = Table(("choose", "what `--policy` takes for it"), rows, num_text_columns=2)
     return [Heading(3, "The recipes among these"), table] if rows else []
