@@ -104,6 +104,8 @@ def turn(x: Tensor, block: int, signs: Tensor, *, back: bool) -> Tensor:
     """
     cols = x.shape[-1]
     _check_turn(block, signs, cols)
+    if x.dtype != torch.float32:
+        raise KernelError(f"rows to turn are {x.dtype}, expected {torch.float32}")
     x = _in_memory(x)
     turned = torch.empty_like(x)
     addresses = x.data_ptr(), turned.data_ptr()
@@ -113,7 +115,9 @@ def turn(x: Tensor, block: int, signs: Tensor, *, back: bool) -> Tensor:
 
 
 def _in_memory(x: Tensor) -> Tensor:
-    """Itself, or a copy that is contiguous and aligned."""
+    """Itself, or a copy that is contiguous and aligned. Raises KernelError where it is not in this process' memory."""
+    if x.device.type != "cpu":
+        raise KernelError(f"a tensor on {x.device} is nothing that a kernel can read, expected one on cpu")
     x = x.contiguous()
     return x.clone() if x.data_ptr() % x.itemsize else x
 

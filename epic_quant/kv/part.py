@@ -18,6 +18,7 @@ from torch import Tensor
 from epic_quant.kv.rows import Rows
 from epic_quant.kv.storage import Storage
 from epic_quant.quant import QuantizedTensor, Quantizer, hadamard
+from epic_quant.quant.base import MOST_TURNED
 from epic_quant.quant.scheme import SCALE_DTYPE, over_scale, stored_scale
 
 
@@ -184,7 +185,8 @@ class _Body:
 
         Those that a ring would drop at once are not stored.
         """
-        values = x.float()
+        # Beyond that scales saturate anyway, and the sums of a mean or a turn must not overflow.
+        values = x.float().clamp(-MOST_TURNED, MOST_TURNED)
         if self._centered and not len(self._offset):
             begin = values[: self.least * self.unit - self.lead]
             self._offset.append(stored_scale(begin.mean(dim=0, keepdim=True)))

@@ -148,7 +148,8 @@ _SPECS = {
     "per-channel-k": "k=int4@64/v=int4",
     "original": "absmax4/full.k.unrotated=absmax2/full.v.unrotated=absmax2",
     "original+ls": "int4/full.k.unrotated=int2/full.v.unrotated=int2",
-    "original-inverted": "int4/full.k.rotated=int2/full.k.unrotated=int3/full.v=int2",
+    # V has no dims that turn: its split only brings the total to that of the original.
+    "original-inverted": "int4/full.k.rotated=int2/full.k.unrotated=int3/full.v.rotated=int3/full.v.unrotated=int2",
     # Found with benchmarks/search_kv.py, and then a setting at a time varied, on the small model's calibration text.
     "p-rope": "full.k.rotated=affine4@128/full.k.unrotated=codebook2+had512+center32+unbiased"
     "/full.v=affine2+had512+clip12@128/full.first=2/sliding.k=int4+had512/sliding.v=codebook4+had512",

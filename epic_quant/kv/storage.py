@@ -14,7 +14,7 @@ from epic_quant.quant import SCHEMES, Quantizer, quantizer
 # Dtypes in which K and V are stored as they are.
 PLAIN = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _NAMES = sorted({*SCHEMES, *PLAIN})
-_OPTIONS = re.compile(r"(.*?)(?:\+center([1-9][0-9]{0,8}))?(?:\+clip([1-9][0-9]?))?(\+unbiased)?")
+_OPTIONS = re.compile(r"(.*?)(?:\+center([1-9][0-9]{0,8}))?(?:\+clip([1-9][0-9]?))?(\+unbiased)?", re.DOTALL)
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,14 @@ def _check_folder(folder: Path) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_benchmark_generate_json(benchmarks: Any) -> None:
+    """Leave out what was interrupted before its first round, on whose statistics pytest-benchmark would fail."""
+    for benchmark in benchmarks:
+        if not benchmark.stats.data:
+            benchmark.fixture.has_error = True
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
     """Add the run facts and drop the raw timings; done twice it is the same as once."""
     if journal_of(config).records and JSON_KEY not in output_json:

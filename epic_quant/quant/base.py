@@ -21,7 +21,7 @@ _CHUNK = 2**18
 _FEEDBACK_CHUNK = 2**23
 
 # Far beyond what has a scale in fp16: so that sums in a turn do not overflow.
-_MOST_TURNED = 2.0**100
+MOST_TURNED = 2.0**100
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Quantizer:
             values = weight[chunk].float().contiguous()
             _check_finite(values, chunk.start)
             if used.hadamard_block:
-                values = hadamard.turn(values.clamp(-_MOST_TURNED, _MOST_TURNED), used.hadamard_block)
+                values = hadamard.turn(values.clamp(-MOST_TURNED, MOST_TURNED), used.hadamard_block)
             codes, scale[chunk] = used._encode(values, factor)
             packed[chunk] = self.scheme.packing.pack(codes)
         return QuantizedTensor(packed, scale, cols, used)

@@ -64,7 +64,7 @@ def _transform(x: Tensor, block: int) -> Tensor:
 
 
 def _is_native(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.numel() > 0 and not x.requires_grad and active()
+    return x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0 and not x.requires_grad and active()
 
 
 def _in_fp32(x: Tensor, turned: Callable[[Tensor], Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from epic_quant.results.run import Run
 Key = tuple[str, frozenset[tuple[str, str]]]
 
 # Times are only held against those of the same one of these.
-_MACHINE = ("cpu", "threads", "platform")
+_MACHINE = ("cpu", "isa", "threads", "platform")
 # Facts that are measured anew each time, or that others tell too.
 _NOT_COMPARED = ("measured", "read_bandwidth_gbs", "policies", "missing", "failed")
 

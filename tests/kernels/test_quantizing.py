@@ -168,3 +168,22 @@ def test_buffers_that_do_not_fit_are_told(change, message, isa):
 def test_turns_that_do_not_fit_are_told(block, signs, isa):
     with computing_with(isa), pytest.raises(KernelError, match="rows of"):
         quantizing.turn(torch.ones(2, 24 if block == 16 else 12), block, torch.ones(signs), back=False)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e35])
+def test_turning_keeps_what_is_not_finite_and_what_is_huge(value, isa):
+    x = torch.ones(2, 64)
+    x[1, 5] = value
+    with computing_with(isa):
+        turned = hadamard.turn(x, 64)
+    expected = hadamard.turn(x.double(), 64)
+    assert torch.equal(turned[0], expected[0].float())
+    assert torch.equal(turned[1].isfinite(), expected[1].isfinite())
+    if math.isfinite(value):
+        torch.testing.assert_close(turned.double(), expected)
+
+
+@pytest.mark.skipif(ISAS == [kernels.REFERENCE], reason="no native module")
+def test_what_is_in_no_memory_of_this_process_is_refused(isa):
+    with computing_with(isa), pytest.raises(KernelError, match="a tensor on meta"):
+        quantizer("int4").quantize(torch.empty(4, 64, device="meta"))

@@ -55,8 +55,9 @@ def test_errors_stand_beside_bytes_and_dense_times(run_json, report):
 
 def test_findings_compare_full_layers_and_answer_for_the_unrotated_dims(run_json, report):
     said = findings(report(run_json("kv")))
-    assert "`p-rope` 0.400× that of `original`, `original-inverted` 0.500× that of `original`." in said
-    assert "the error is 0.500×: dims that carry no position deserve more bits than those that do." in said
+    ratios = "`p-rope` 0.400× that of `original`, `p-rope` 0.600× that of `original+ls`, "
+    assert f"{ratios}`original-inverted` 0.750× that of `original+ls`." in said
+    assert "the error is 0.750×: by it, and so stored, dims that carry no position deserve more bits than those" in said
 
 
 def test_where_fewer_bits_are_right_the_findings_say_so(run_json, report):
@@ -65,7 +66,9 @@ def test_where_fewer_bits_are_right_the_findings_say_so(run_json, report):
         record = entry["extra_info"].get(JSON_KEY)
         if record and record["labels"]["kv_policy"] == "original-inverted":
             record["metrics"]["attention_rel_l2"] = 0.9
-    assert "the error is 1.50×: dims that carry no position deserve no more bits" in str(findings(report(data)))
+    assert "the error is 2.25×: by it, and so stored, dims that carry no position deserve no more bits" in str(
+        findings(report(data))
+    )
 
 
 def test_divergences_climb_in_context_and_stand_beside_bytes(run_json, report):

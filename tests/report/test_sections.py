@@ -185,7 +185,9 @@ def test_where_nothing_is_worse_than_zeros_the_findings_say_so(run_json, report)
         data, "weights", lambda _, record: record["metrics"].update(rel_l2=min(0.99, record["metrics"]["rel_l2"]))
     )
     found = findings(report(data))
-    assert any(text.startswith("No scheme is worse") and "`absmax-ternary`" in text for text in found)
+    assert any(
+        text.startswith("Under no policy is a whole class worse") and "`absmax-ternary`" in text for text in found
+    )
     assert not any("above 1" in text for text in found)
 
 

@@ -26,7 +26,11 @@ class Scratch {
   }
 
  private:
-  void release() { ::operator delete(data_, std::align_val_t{64}); }
+  void release() {
+    ::operator delete(data_, std::align_val_t{64});
+    data_ = nullptr;  // the next allocation may fail
+    nbytes_ = 0;
+  }
   char* data_ = nullptr;
   std::size_t nbytes_ = 0;
 };

@@ -200,13 +200,17 @@ inline void transform(float* row, std::size_t cols, std::size_t block) {
         }
 }
 
-inline void turn(const Turn& turn, float* row, std::size_t cols) {
-  // Beyond this no scale is left to store, and sums must not overflow.
+// Beyond this no scale is left to store, and the sums of a turn must not overflow.
+inline void bound(float* row, std::size_t cols) {
   const Eight high = Eight::of(0x1p100f), low = Eight::of(-0x1p100f);
+  for (std::size_t at = 0; at < cols; at += 8) smaller(larger(Eight::load(row + at), low), high).store(row + at);
+}
+
+inline void turn(const Turn& turn, float* row, std::size_t cols) {
   for (std::size_t at = 0; at < cols; at += 8) {
     float signs[8] = {};
     std::memcpy(signs, turn.signs + at, (cols - at < 8 ? cols - at : 8) * sizeof(float));
-    (smaller(larger(Eight::load(row + at), low), high) * Eight::load(signs)).store(row + at);
+    (Eight::load(row + at) * Eight::load(signs)).store(row + at);
   }
   transform(row, cols, turn.block);
 }
@@ -399,7 +403,10 @@ std::size_t quantize_rows_with(const Quantize& job, std::size_t begin, std::size
   const std::size_t num_groups = job.cols / job.group_size, nbytes = row_nbytes(scheme.packed_bits, job.cols);
   for (std::size_t at = begin; at < end; ++at) {
     if (!read_row(job.element, job.weight, at, job.cols, row)) return at;
-    if (job.turn.block) turn(job.turn, row, job.cols);
+    if (job.turn.block) {
+      bound(row, job.cols);
+      turn(job.turn, row, job.cols);
+    }
     for (std::size_t group = 0; group < num_groups; ++group) {
       const std::size_t start = group * job.group_size;
       const float scale = scheme.least_squares

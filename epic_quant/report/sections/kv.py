@@ -18,12 +18,15 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 # Below this a divergence is the rounding of fp32 and no effect of a policy.
 _LEAST_DIVERGENCE = 1e-9
 
+# The original's bits with scales of least squares, as all but the original's own policy have.
+_FITTED = "original+ls"
+
 # Pairs whose errors on full layers are told as a ratio.
 _COMPARED = (
     ("p-rope", ORIGINAL),
-    ("p-rope", "original+ls"),
+    ("p-rope", _FITTED),
     ("p-rope-4", "int4"),
-    ("original-inverted", ORIGINAL),
+    ("original-inverted", _FITTED),
 )
 
 
@@ -51,14 +54,15 @@ def error_findings(run: Run) -> list[str]:
         if (ratio := times(mine, its)) != MISSING:
             ratios.append(f"{code(policy)} {ratio} that of {code(other)}")
     found = [f"Error of the attention output on full layers: {', '.join(ratios)}."] if ratios else []
-    inverted, original = (
-        run.value("kv", "attention_rel_l2", kv_policy=name, layer_type=FULL) for name in ("original-inverted", ORIGINAL)
+    inverted, fitted = (
+        run.value("kv", "attention_rel_l2", kv_policy=name, layer_type=FULL) for name in ("original-inverted", _FITTED)
     )
-    if (ratio_inverted := quotient(inverted, original)) is not None:
+    if (ratio_inverted := quotient(inverted, fitted)) is not None:
         verdict = "more bits" if ratio_inverted < 1 else "no more bits"
         found.append(
-            f"With the bits of {code(ORIGINAL)} the other way round, and no more of them in all, the error is "
-            f"{significant(ratio_inverted)}×: dims that carry no position deserve {verdict} than those that do."
+            f"With the bits of {code(_FITTED)} the other way round, and no more of them in all, the error is "
+            f"{significant(ratio_inverted)}×: by it, and so stored, dims that carry no position deserve {verdict} than "
+            "those that do."
         )
     return found
 

@@ -124,7 +124,11 @@ def _why(run: Run, judged: _Judged, smaller: list[Sized], chosen: Sized, upper: 
     floor = run.value("quality", "kl_divergence", policy=quality.NOISE_FLOOR)
     if judged.error == "KL divergence" and floor is not None and 0 < error <= floor:
         reasons.append("no more than computing in bf16 changes")
-    beaten = [point for point in judged.points if nbytes <= point[1] < upper and point[0] != name]
+    beaten = [
+        point
+        for point in judged.points
+        if nbytes <= point[1] < upper and run.policy_string(point[0]) != run.policy_string(name)
+    ]
     if beaten:
         # Those that a reader knows by name come first, and of these the best.
         beaten.sort(key=lambda point: (recipe.is_recipe(run, point[0]), point[2]))

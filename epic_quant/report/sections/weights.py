@@ -56,7 +56,9 @@ def findings(run: Run) -> list[str]:
     elif pairs:
         spec, name = max(pairs, key=lambda pair: pairs[pair])
         largest = f"{code(spec)} on {name} ({significant(pairs[spec, name])})"
-        found.append(f"No scheme is worse than storing zeros, a relative L2 of 1; the largest is {largest}.")
+        found.append(
+            f"Under no policy is a whole class worse than storing zeros, a relative L2 of 1; the largest is {largest}."
+        )
     tensors = [
         (error, name, record.labels["spec"])
         for record in run.select("weights")
