@@ -395,7 +395,9 @@ def _hub_snapshot(repo_id: str, download: bool) -> Path:
     except CheckpointError as error:
         fault = f"incomplete in the Hugging Face cache ({error})"
     if not download:
-        raise CheckpointError(f"{repo_id}: {fault}; get it with --download (download=True in Python), or with: hf download {repo_id}")
+        raise CheckpointError(
+            f"{repo_id}: {fault}; get it with --download (download=True in Python), or with: hf download {repo_id}"
+        )
     return _download(repo_id, cache)
 
 

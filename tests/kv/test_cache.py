@@ -365,6 +365,15 @@ def test_bad_input_is_one_clear_line_and_changes_nothing(config, act, message):
     assert torch.equal(cache.values(FULL), before[2])
 
 
+@pytest.mark.parametrize("spec", ["int4+center8", "int4+had8@8", "int4+had8+clip5", "affine4+center8@8"])
+def test_the_largest_values_are_stored_as_finite_ones(config, spec):
+    cache = KVCache(config, KVPolicy.parse(spec))
+    k = torch.full((2, 24, 32), 3e38)
+    cache.append(FULL, k, -k)
+    assert cache.keys(FULL).isfinite().all()
+    assert cache.values(FULL).isfinite().all()
+
+
 def test_values_beyond_fp32_are_refused(config):
     """Codes are chosen in fp32, where they would be infinite."""
     cache = KVCache(config, KVPolicy.parse("int4"), torch.float64)

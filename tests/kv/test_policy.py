@@ -87,6 +87,7 @@ def test_later_parts_override_what_they_cover(text, same):
         ("k=int4-g8+unbiased", "without groups"),
         ("k=affine4+unbiased", "without a zero point"),
         ("k=bf16+center4", "nor another option"),
+        ("k=int4+\n", "unknown stage"),
     ],
 )
 def test_a_wrong_policy_is_one_clear_line(text, message):
