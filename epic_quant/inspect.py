@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 
 from epic_quant import command_line
+from epic_quant.layers import format_layers
 
 if TYPE_CHECKING:
     from epic_quant.checkpoint import Checkpoint
@@ -108,15 +109,9 @@ def _layers(config: TextConfig) -> Iterator[str]:
             yield f"  shared by {_ranges(sharers)}, which read layer {_ranges(sources)}'s"
 
 
-def _ranges(numbers: list[int]) -> str:
-    """Sorted whole numbers as `0-4, 6, 8-9`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+def _ranges(layers: list[int]) -> str:
+    """Layers as `0-4, 6, 8-9`."""
+    return format_layers(layers).replace("+", ", ")
 
 
 if __name__ == "__main__":
