@@ -94,6 +94,8 @@ def main(path):
                         for tokens in (1, 3, 50):
                             check(native, isa, coding, 5, group * groups, groups, tokens, table, rng)
                             checked += 1
+                # Scales whose memory is more than any slack beside that of the codes.
+                check(native, isa, coding, 5, 32 * 330, 330, 3, table, rng)
                 # Rows enough for every thread.
                 check(native, isa, coding, 700, 640, 5, 1, table, rng)
                 check(native, isa, coding, 700, 640, 5, 3, table, rng)

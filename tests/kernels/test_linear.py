@@ -44,7 +44,7 @@ def error(product, x, quantized):
     rows=st.sampled_from([1, 2, 5, 16, 31, 127]),
     groups=st.integers(1, 5),
     cols=st.sampled_from([1, 2, 31, 127, 256, 640, 1281, 2561]),
-    tokens=st.sampled_from([1, 2, 3, 4, 7, 50]),
+    tokens=st.sampled_from([1, 2, 3, 4, 7, 27, 50]),
     seed=st.integers(0, 1000),
 )
 def test_products_are_those_of_decoded_weights(spec, activations, rows, groups, cols, tokens, seed):

@@ -24,9 +24,19 @@ bool runs_here() {
 #endif
 }
 
+void token(const Linear& job, int digits, std::size_t begin, std::size_t end, void* scratch) {
+  by_coding(job.weights, [&](auto kernel) { kernel.token_kernel(job, digits, begin, end, scratch); });
+}
+void tokens_int8(const Linear& job, std::size_t begin, std::size_t end, void* scratch) {
+  by_coding(job.weights, [&](auto kernel) { kernel.tokens_int8_kernel(job, begin, end, scratch); });
+}
+void tokens_fp32(const Linear& job, std::size_t begin, std::size_t end, void* scratch) {
+  by_coding(job.weights, [&](auto kernel) { kernel.tokens_fp32_kernel(job, begin, end, scratch); });
+}
+
 }  // namespace
 
-const Table avx2_table = {"avx2", runs_here, prepare, token_avx2, tokens_int8_avx2, tokens_fp32_avx2,
+const Table avx2_table = {"avx2", runs_here, prepare, token, tokens_int8, tokens_fp32,
                           quantize_rows, dequantize_rows, turn_rows};
 
 }  // namespace epic_quant

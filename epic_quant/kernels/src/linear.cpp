@@ -65,12 +65,19 @@ Plan plan_of(const Weights& weights) {
 }
 
 std::size_t scratch_nbytes(const Linear& job) {
-  const std::size_t scales = kTileRows * round_up(std::max(job.plan.num_blocks, job.weights.num_scales), 16) * sizeof(float);
-  const std::size_t codes = kTileRows * job.plan.num_units * job.plan.unit_codes;
+  // Those of the rows, and of one more before they are laid out.
+  const std::size_t scales = (kMostTileRows + 1) * round_up(std::max(job.plan.num_blocks, job.weights.num_scales), 16) * sizeof(float);
+  const std::size_t codes = kMostTileRows * job.plan.num_units * job.plan.unit_codes;
   const std::size_t tile_codes = std::max(kTileCodes, job.plan.unit_codes);
-  const std::size_t tile = kTileRows * (tile_codes + kTileTokens * 8) * sizeof(float);
+  const std::size_t tile = kMostTileRows * (tile_codes + kTileTokens * 8) * sizeof(float);
   const std::size_t row = job.plan.num_units * job.plan.unit_codes * sizeof(float);
   return 1024 + scales + std::max({codes, tile, 2 * row});
+}
+
+std::size_t prepare_nbytes(const Linear& job) {
+  const Plan& plan = job.plan;
+  const std::size_t values = plan.num_units * plan.unit_codes, blocks = round_up(plan.num_blocks, 8);
+  return (values + 2 * blocks + 64) * sizeof(float) + plan.num_digit_units * plan.unit_codes;
 }
 
 void linear(const Table& table, const Weights& weights, const float* x, std::size_t tokens, float* out,
@@ -86,24 +93,25 @@ void linear(const Table& table, const Weights& weights, const float* x, std::siz
 
   static thread_local Scratch of_x;
   const std::size_t padded = job.plan.num_units * job.plan.unit_codes;
+  const std::size_t padded_tokens = tokens > 1 ? round_up(tokens, kTokenLanes) : 1;
   const std::size_t values_nbytes =
-      tokens * (in_fp32 ? padded * sizeof(float) : job.plan.num_digit_units * job.plan.unit_codes * digits);
+      padded_tokens * (in_fp32 ? padded * sizeof(float) : job.plan.num_digit_units * job.plan.unit_codes * digits);
   const std::size_t blocks = round_up(job.plan.num_blocks, 8);
-  char* memory = of_x.get(values_nbytes + 2 * tokens * blocks * sizeof(float));
+  char* memory = of_x.get(values_nbytes + 2 * padded_tokens * blocks * sizeof(float));
   job.x_values = reinterpret_cast<float*>(memory);
   job.x_digits = reinterpret_cast<std::int8_t*>(memory);
   job.x_scale = reinterpret_cast<float*>(memory + values_nbytes);
-  job.x_sum = job.x_scale + tokens * blocks;
+  job.x_sum = job.x_scale + padded_tokens * blocks;
 
   const std::size_t nbytes = weights.rows * weights.row_nbytes;
   if (nbytes * tokens < kThreadNbytes) num_threads = 1;
   parallel_for(tokens, tokens > 4 ? (tokens + 7) / 8 : tokens, num_threads, [&](std::size_t begin, std::size_t end) {
     static thread_local Scratch scratch;
-    table.prepare(job, digits, begin, end, reinterpret_cast<float*>(scratch.get((padded + 64) * sizeof(float))));
+    table.prepare(job, digits, begin, end, reinterpret_cast<float*>(scratch.get(prepare_nbytes(job))));
   });
   // Some pieces more than threads, so that one that is held up does not hold up all.
   std::size_t grain = std::max<std::size_t>(1, weights.rows / (8 * static_cast<std::size_t>(num_threads)));
-  if (tokens > 1 || in_fp32) grain = round_up(grain, kTileRows);
+  if (tokens > 1 || in_fp32) grain = round_up(grain, kMostTileRows);
   parallel_for(weights.rows, grain, num_threads, [&](std::size_t begin, std::size_t end) {
     static thread_local Scratch scratch;
     void* own = scratch.get(scratch_nbytes(job));

@@ -1,8 +1,9 @@
-// Products with packed weights in AVX2; included by avx2.cpp alone.
+// Products with packed weights in AVX2, and with VNNI where a file that includes this defines EPIC_QUANT_VNNI.
 //
 // Codes are multiplied as the bytes that they are: `maddubs` takes 32 unsigned codes and 32 signed digits of
-// activations to 16 sums of pairs. That codes stand for code - zero is made good once a row, by the sums of activations.
-// Codes that look up signed levels go by magnitude, their sign given to the digits.
+// activations to 16 sums of pairs, `dpbusd` to 8 sums of four. That codes stand for code - zero is made good once a
+// row, by the sums of activations. Codes that look up signed levels go by magnitude, their sign given to the digits; or
+// with VNNI, whose sums are wide enough for it, by their level + 128, as codes whose zero is 128.
 #pragma once
 
 #include <immintrin.h>
@@ -14,7 +15,7 @@
 #include "table.h"
 
 #if defined(__GNUC__)
-#define EPIC_QUANT_UNROLL _Pragma("GCC unroll 8")
+#define EPIC_QUANT_UNROLL _Pragma("GCC unroll 16")
 #define EPIC_QUANT_INLINE inline __attribute__((always_inline))
 #define EPIC_QUANT_INLINE_LAMBDA __attribute__((always_inline))
 #else
@@ -121,6 +122,9 @@ struct Unit<Coding::trits> {
   }
 };
 
+// Bytes that hold what a row lacks to whole blocks.
+constexpr std::size_t kTailNbytes = 160;
+
 // Where a row's units are read: in place, but for those that reach past its end, which are in a copy with zeros after.
 struct Row {
   Row(const Weights& weights, std::size_t row, std::size_t num_units, std::size_t unit_nbytes)
@@ -138,7 +142,7 @@ struct Row {
  private:
   const std::uint8_t* in_place_;
   std::size_t whole_;
-  std::uint8_t tail_[160];
+  std::uint8_t tail_[kTailNbytes];
 };
 
 EPIC_QUANT_INLINE float float_of(std::uint16_t half) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(half))); }
@@ -184,18 +188,36 @@ EPIC_QUANT_INLINE __m256 scale_of(const float* scales, std::size_t unit_block) {
   return _mm256_permutevar_ps(pairs, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
 }
 
-// What codes stand for, as signed bytes, where it is not code - zero.
+// What codes stand for, as signed bytes, where it is not code - zero; or 128 more, as unsigned bytes.
 struct Levels {
-  explicit Levels(const Weights& weights)
-      : table(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weights.levels)))) {}
+  explicit Levels(const Weights& weights, bool from_128 = false)
+      : flip(_mm256_set1_epi8(from_128 ? 0 : -128)),
+        table(_mm256_xor_si256(
+            _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weights.levels))),
+            _mm256_set1_epi8(from_128 ? -128 : 0))) {}
   template <Coding K>
   EPIC_QUANT_INLINE __m256i of(__m256i codes) const {
-    return K == Coding::bits8 ? _mm256_xor_si256(codes, _mm256_set1_epi8(-128)) : _mm256_shuffle_epi8(table, codes);
+    return K == Coding::bits8 ? _mm256_xor_si256(codes, flip) : _mm256_shuffle_epi8(table, codes);
   }
-  __m256i table;
+  __m256i flip, table;
 };
 
 EPIC_QUANT_INLINE __m256i pairs_of(__m256i products) { return _mm256_madd_epi16(products, _mm256_set1_epi16(1)); }
+
+// Products of codes and digits, summed up in parts until `sums_of` makes them eight.
+#ifdef EPIC_QUANT_VNNI
+constexpr bool kLevelsFrom128 = true;
+EPIC_QUANT_INLINE __m256i add_products(__m256i total, __m256i codes, __m256i digits) {
+  return _mm256_dpbusd_epi32(total, codes, digits);
+}
+EPIC_QUANT_INLINE __m256i sums_of(__m256i total) { return total; }
+#else
+constexpr bool kLevelsFrom128 = false;
+EPIC_QUANT_INLINE __m256i add_products(__m256i total, __m256i codes, __m256i digits) {
+  return _mm256_add_epi16(total, _mm256_maddubs_epi16(codes, digits));
+}
+EPIC_QUANT_INLINE __m256i sums_of(__m256i total) { return pairs_of(total); }
+#endif
 
 // One token. Signed: codes stand for levels of their own, not code - zero.
 template <Coding K, bool Signed, int D, Blocks B>
@@ -203,17 +225,18 @@ void token(const Linear& job, std::size_t begin, std::size_t end, float* combine
   constexpr int V = vectors_of(K), kUnit = unit_nbytes_of(K);
   const Weights& weights = job.weights;
   const Plan& plan = job.plan;
-  const Levels levels(weights);
+  constexpr bool kFolded = Signed && !kLevelsFrom128;
+  const Levels levels(weights, kLevelsFrom128);
   const std::size_t blocks = padded_blocks(plan), block_units = plan.block_units, num_units = plan.num_units;
   const std::size_t whole_units = weights.row_nbytes / kUnit / block_units * block_units;
-  const float minus_zero = Signed ? 0.0f : static_cast<float>(-weights.zero);
+  const float minus_zero = kFolded ? 0.0f : static_cast<float>(Signed ? -128 : -weights.zero);
   for (std::size_t row = begin; row < end; ++row) {
     expand_scales(weights, plan, row, combined);
     __m256 sum = _mm256_setzero_ps();
     for (std::size_t b = 0; b < blocks; b += 8) {
       const __m256 scale = _mm256_loadu_ps(combined + b);
       _mm256_storeu_ps(combined + b, _mm256_mul_ps(scale, _mm256_loadu_ps(job.x_scale + b)));
-      if (!Signed) sum = _mm256_fmadd_ps(scale, _mm256_loadu_ps(job.x_sum + b), sum);
+      if (!kFolded) sum = _mm256_fmadd_ps(scale, _mm256_loadu_ps(job.x_sum + b), sum);
     }
     sum = _mm256_mul_ps(sum, _mm256_set1_ps(minus_zero));
 
@@ -228,23 +251,23 @@ void token(const Linear& job, std::size_t begin, std::size_t end, float* combine
     const auto multiply = [&](const __m256i(&codes)[V]) EPIC_QUANT_INLINE_LAMBDA {
       EPIC_QUANT_UNROLL
       for (int v = 0; v < V; ++v) {
-        if (Signed) {
+        if (kFolded) {
           const __m256i level = levels.template of<K>(codes[v]), magnitude = _mm256_abs_epi8(level);
           EPIC_QUANT_UNROLL
           for (int d = 0; d < D; ++d, x += kVector)
             total[d] = _mm256_add_epi32(
                 total[d], pairs_of(_mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(load(x), level))));
         } else {
+          const __m256i code = Signed ? levels.template of<K>(codes[v]) : codes[v];
           EPIC_QUANT_UNROLL
-          for (int d = 0; d < D; ++d, x += kVector)
-            total[d] = _mm256_add_epi16(total[d], _mm256_maddubs_epi16(codes[v], load(x)));
+          for (int d = 0; d < D; ++d, x += kVector) total[d] = add_products(total[d], code, load(x));
         }
       }
     };
     const auto scale = [&]() EPIC_QUANT_INLINE_LAMBDA {
-      if (!Signed) {
+      if (!kFolded) {
         EPIC_QUANT_UNROLL
-        for (int d = 0; d < D; ++d) total[d] = pairs_of(total[d]);
+        for (int d = 0; d < D; ++d) total[d] = sums_of(total[d]);
       }
       __m256 value = _mm256_cvtepi32_ps(total[0]);
       if (D > 1) value = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total[D > 1 ? 1 : 0]), _mm256_set1_ps(1.0f / 255), value);
@@ -276,13 +299,17 @@ void token(const Linear& job, std::size_t begin, std::size_t end, float* combine
     for (; unit < whole_units; unit += block_units) block(packed + unit * kUnit);
     if (unit < num_units) {
       // What is left of the row, with zeros after it: less than a block.
-      std::uint8_t tail[160] = {};
+      std::uint8_t tail[kTailNbytes] = {};
       std::memcpy(tail, packed + unit * kUnit, weights.row_nbytes - unit * kUnit);
       block(tail);
     }
     job.out[row] = sum_of(sum);
   }
 }
+
+// Rows that the kernels for several tokens decode at a time.
+constexpr std::size_t kRows = 8;
+static_assert(kRows <= kMostTileRows, "scratch is for no more");
 
 // R rows by T tokens of int8 activations, over all blocks of a row whose codes (levels, where signed) lie decoded.
 template <bool Signed, Blocks B, int R, int T>
@@ -359,10 +386,10 @@ void tokens_int8(const Linear& job, std::size_t begin, std::size_t end, void* sc
   const std::size_t blocks = padded_blocks(plan), padded = plan.num_units * plan.unit_codes;
   const int block_vectors = static_cast<int>(plan.block_units) * V;
   float* scales = static_cast<float*>(scratch);
-  std::uint8_t* codes = reinterpret_cast<std::uint8_t*>(scales + kTileRows * blocks);
-  for (std::size_t first = begin; first < end; first += kTileRows) {
-    const std::size_t rows = end - first < kTileRows ? end - first : kTileRows;
-    for (std::size_t r = 0; r < kTileRows; ++r) {
+  std::uint8_t* codes = reinterpret_cast<std::uint8_t*>(scales + kRows * blocks);
+  for (std::size_t first = begin; first < end; first += kRows) {
+    const std::size_t rows = end - first < kRows ? end - first : kRows;
+    for (std::size_t r = 0; r < kRows; ++r) {
       // Rows that there are not repeat the last one; their products are dropped.
       const std::size_t row = first + (r < rows ? r : rows - 1);
       expand_scales(weights, plan, row, scales + r * blocks);
@@ -378,7 +405,7 @@ void tokens_int8(const Linear& job, std::size_t begin, std::size_t end, void* sc
     // The next rows' bytes come from memory while these are multiplied.
     const char* next = reinterpret_cast<const char*>(weights.packed + (first + rows) * weights.row_nbytes);
     std::size_t ahead = end - first - rows;
-    ahead = (ahead < kTileRows ? ahead : kTileRows) * weights.row_nbytes;
+    ahead = (ahead < kRows ? ahead : kRows) * weights.row_nbytes;
     const std::size_t share = ahead * 2 / (job.tokens + 1) + 64;
     std::size_t token = 0;
     for (; token + 2 <= job.tokens; token += 2) {
@@ -395,7 +422,7 @@ void tokens_int8(const Linear& job, std::size_t begin, std::size_t end, void* sc
   }
 }
 
-// R rows by T tokens over one tile of decoded weights, added to sums [kTileRows][kTileTokens][8].
+// R rows by T tokens over one tile of decoded weights, added to sums [kRows][kTileTokens][8].
 template <int R, int T>
 EPIC_QUANT_INLINE void multiply_fp32(const float* tile, std::size_t tile_codes, const float* x, std::size_t x_stride,
                                      float* sums) {
@@ -449,7 +476,6 @@ template <Coding K, bool Signed>
 void tokens_fp32(const Linear& job, std::size_t begin, std::size_t end, float* scratch) {
   constexpr int V = vectors_of(K), kUnit = unit_nbytes_of(K);
   constexpr std::size_t kTileUnits = kTileCodes / (V * kVector) ? kTileCodes / (V * kVector) : 1;
-  constexpr std::size_t kRows = 8;
   const Weights& weights = job.weights;
   const Plan& plan = job.plan;
   const Levels levels(weights);
@@ -459,8 +485,8 @@ void tokens_fp32(const Linear& job, std::size_t begin, std::size_t end, float* s
   // The group of every code of a tile, where those of a unit differ; the last one's behind the row.
   std::int32_t groups[kTileUnits * V * kVector];
   float* scales = scratch;
-  float* tile = scales + kTileRows * ((scale_stride + 15) / 16 * 16);
-  float* sums = tile + kTileRows * kTileUnits * V * kVector;
+  float* tile = scales + kRows * ((scale_stride + 15) / 16 * 16);
+  float* sums = tile + kRows * kTileUnits * V * kVector;
   for (std::size_t first = begin; first < end; first += kRows) {
     const std::size_t rows = end - first < kRows ? end - first : kRows;
     for (std::size_t r = 0; r < kRows; ++r) {
@@ -524,6 +550,9 @@ void by_kind(const Plan& plan, Visit&& visit) {
 
 template <Coding K, bool Signed>
 struct For {
+  static constexpr Coding coding = K;
+  static constexpr bool has_levels = Signed;
+
   static void token_kernel(const Linear& job, int digits, std::size_t begin, std::size_t end, void* scratch) {
     float* own = static_cast<float*>(scratch);
     by_kind(job.plan, [&](auto kind) {
@@ -549,16 +578,6 @@ void by_coding(const Weights& weights, Visit&& visit) {
     case Coding::bits8: return visit(For<Coding::bits8, true>{});
     case Coding::trits: return visit(For<Coding::trits, false>{});
   }
-}
-
-void token_avx2(const Linear& job, int digits, std::size_t begin, std::size_t end, void* scratch) {
-  by_coding(job.weights, [&](auto kernel) { kernel.token_kernel(job, digits, begin, end, scratch); });
-}
-void tokens_int8_avx2(const Linear& job, std::size_t begin, std::size_t end, void* scratch) {
-  by_coding(job.weights, [&](auto kernel) { kernel.tokens_int8_kernel(job, begin, end, scratch); });
-}
-void tokens_fp32_avx2(const Linear& job, std::size_t begin, std::size_t end, void* scratch) {
-  by_coding(job.weights, [&](auto kernel) { kernel.tokens_fp32_kernel(job, begin, end, scratch); });
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ namespace {
 // Fastest first.
 const Table* const tables[] = {
 #ifdef EPIC_QUANT_X86
-    &avx2_table,
+    &avx512vnni_table, &avx2_table,
 #endif
     &portable_table,
 };
