@@ -15,12 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epic_quant.errors import KernelError
+from epic_quant.errors import KernelError, unknown
 
 REFERENCE = "reference"
 
-# How codes lie in a row: the number that C++ knows it by, codes in so many bytes, and bytes.
-_CODINGS = {"bits2": (2, 4, 1), "bits3": (3, 8, 3), "bits4": (4, 2, 1), "bits8": (8, 1, 1), "trits": (5, 5, 1)}
+# In what form activations may meet packed weights.
+ACTIVATIONS = ("fp32", "int8")
+
+# How codes may lie in a row that is multiplied by, and the number that C++ knows it by.
+_CODINGS = {"bits2": 2, "bits3": 3, "bits4": 4, "bits8": 8, "trits": 5}
 
 
 def _load() -> ModuleType | None:
@@ -78,6 +81,16 @@ def sum_of(words: Tensor) -> int:
     return int(_NATIVE.sum_of_words(words.data_ptr(), words.numel(), torch.get_num_threads()))
 
 
+def bits_of(coding: str) -> int:
+    """Bits of a code that lies as `bits1` to `bits8` say; 0 for `trits`."""
+    return 0 if coding == "trits" else int(coding.removeprefix("bits"))
+
+
+def row_nbytes(coding: str, cols: int) -> int:
+    """Bytes of a row of codes, as `quant.bitpack` packs them: bits that are left over fill a last byte."""
+    return -(-cols // 5) if coding == "trits" else -(-cols * bits_of(coding) // 8)
+
+
 class PackedMatrix:
     """A matrix [rows, cols] as stored, ready to multiply by.
 
@@ -95,18 +108,23 @@ class PackedMatrix:
         self.isa = isa or globals()["isa"]()
         if _NATIVE is None or self.isa not in isas()[:-1]:
             raise KernelError(f"no kernels for {self.isa!r}; this machine has: {', '.join(isas())}")
-        number, row_nbytes = _row_of(coding, cols)
+        if coding not in _CODINGS:
+            raise KernelError(f"coding is {coding!r}, expected one of {', '.join(_CODINGS)}")
+        if cols < 1:
+            raise KernelError(f"{cols} columns, expected 1 or more")
+        nbytes = row_nbytes(coding, cols)
         _check("packed", packed, torch.uint8)
         _check("scale", scale, torch.float16)
         rows = packed.shape[0]
-        if not rows or packed.shape[1] != row_nbytes:
-            raise KernelError(f"packed is {list(packed.shape)}, expected [1 or more, {row_nbytes}]")
+        if not rows or packed.shape[1] != nbytes:
+            raise KernelError(f"packed is {list(packed.shape)}, expected [1 or more, {nbytes}]")
         if scale.shape[0] != rows or not scale.shape[1] or cols % scale.shape[1]:
             raise KernelError(f"scale is {list(scale.shape)}, expected [{rows}, a divisor of {cols}]")
         zero, table = _levels_for(coding, levels)
         self.shape = rows, cols
+        sizes = rows, cols, nbytes, scale.shape[1]
         self._native: Any = _NATIVE.Matrix(
-            self.isa, packed.data_ptr(), scale.data_ptr(), rows, cols, row_nbytes, scale.shape[1], number, zero, table
+            self.isa, packed.data_ptr(), scale.data_ptr(), *sizes, _CODINGS[coding], zero, table
         )
 
     def __reduce__(self) -> tuple[type[PackedMatrix], tuple[Any, ...]]:
@@ -117,8 +135,10 @@ class PackedMatrix:
 
         Activations "fp32" are exact to fp32's rounding; "int8" rounds them to 8 bits with a scale for a block of at
         most 320 in a row. A row of x with NaN or infinity may give NaN where infinity would be right. Raises
-        KernelError for no tokens, other inner dims, or what is no float tensor in memory.
+        KernelError for other activations, no tokens, other inner dims, or what is no float tensor in memory.
         """
+        if activations not in ACTIVATIONS:
+            raise KernelError(unknown("activations", activations, ACTIVATIONS))
         rows, cols = self.shape
         if x.layout is not torch.strided or x.device.type != "cpu" or not x.is_floating_point():
             raise KernelError(f"x is {x.dtype} on {x.device}, expected floats in memory")
@@ -135,20 +155,9 @@ class PackedMatrix:
         return out.to(x.dtype)
 
 
-def _row_of(coding: str, cols: int) -> tuple[int, int]:
-    """The coding's number, and the bytes of a row."""
-    if coding not in _CODINGS:
-        raise KernelError(f"coding is {coding!r}, expected one of {', '.join(_CODINGS)}")
-    if cols < 1:
-        raise KernelError(f"{cols} columns, expected 1 or more")
-    number, codes, nbytes = _CODINGS[coding]
-    # As `bitpack` has it: bits that are left over fill a last byte.
-    return number, -(-cols // 5) if coding == "trits" else -(-cols * nbytes // codes)
-
-
 def _levels_for(coding: str, levels: Sequence[int]) -> tuple[int, bytes]:
     """The zero point of evenly spaced levels and no table, or a table where they are none."""
-    num_codes = 3 if coding == "trits" else 1 << _CODINGS[coding][0]
+    num_codes = 3 if coding == "trits" else 1 << _CODINGS[coding]
     if not 0 < len(levels) <= num_codes or not all(-128 <= level <= 127 for level in levels):
         raise KernelError(f"{len(levels)} levels for {coding}, expected up to {num_codes} in [-128, 127]")
     zero = -levels[0]

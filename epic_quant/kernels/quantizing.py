@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from epic_quant.errors import KernelError
-from epic_quant.kernels import _NATIVE, REFERENCE, isa
+from epic_quant.kernels import _NATIVE, REFERENCE, bits_of, isa, row_nbytes
 
 # The numbers of `enum class Element` and `enum class Rounding` in src/rows.h.
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -123,8 +123,7 @@ def _in_memory(x: Tensor) -> Tensor:
 
 
 def _check_stored(packed: Tensor, scale: Tensor, cols: int, format: Format) -> None:
-    bits = _bits(format.rule.coding)
-    nbytes = -(-cols * bits // 8) if bits else -(-cols // 5)
+    nbytes = row_nbytes(format.rule.coding, cols)
     group = format.group_size
     if cols < 1 or group < 1 or cols % group:
         raise KernelError(f"a group of {group} does not divide rows of {cols}")
@@ -164,11 +163,7 @@ def _scheme(rule: Rule) -> Any:
         rule.gaussian_step,
         rule.peak_level,
         rule.either_sign,
-        _bits(rule.coding),
+        bits_of(rule.coding),
         list(levels),
         [(low + high) / 2 for low, high in itertools.pairwise(levels)],
     )
-
-
-def _bits(coding: str) -> int:
-    return 0 if coding == "trits" else int(coding.removeprefix("bits"))

@@ -165,6 +165,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if ending.judged:
         failed = any(one.fails for one in ending.judged)
         terminalreporter.write_line(limits.told(ending.judged), red=failed, green=not failed)
+    writer = journal_of(config).writer
+    if writer is not None and writer.error is not None:
+        terminalreporter.write_line(f"{writer.error}; it lacks what was measured since", yellow=True)
     if ending.error is not None:
         terminalreporter.write_line(f"error: {ending.error}", red=True)
     for line in [*ending.lines, *_ways_on(config, ending)]:

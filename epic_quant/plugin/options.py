@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from epic_quant.results.gate import EXAMPLES
+from epic_quant.results import gate
 from epic_quant.units import parse_nbytes
 
 
@@ -89,14 +89,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def _add_ending(parser: pytest.Parser) -> None:
     group = parser.getgroup("epic_quant ending", "what is made of what was measured")
-    group.addoption(
-        "--fail-if",
-        action="append",
-        default=[],
-        metavar="METRIC[LABEL=VALUE]:LIMIT",
-        help="end with status 1 where a value is on the bad side of its limit (repeatable): "
-        + EXAMPLES.replace("%", "%%"),
-    )
+    group.addoption("--fail-if", action="append", default=[], metavar=gate.METAVAR, help=gate.HELP)
     group.addoption(
         "--baseline", type=Path, metavar="FILE", help="JSON of an older run, to hold every value and limit against"
     )

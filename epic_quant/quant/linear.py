@@ -6,11 +6,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from epic_quant.errors import QuantizationError, SpecError, unknown
+from epic_quant.kernels import ACTIVATIONS
 from epic_quant.quant.base import QuantizedTensor
 
 Weight = Tensor | QuantizedTensor
-
-_ACTIVATIONS = ("fp32", "int8")
 
 
 def linear(x: Tensor, weight: Weight, activations: str = "fp32") -> Tensor:
@@ -20,8 +19,8 @@ def linear(x: Tensor, weight: Weight, activations: str = "fp32") -> Tensor:
     block of a row, where there is a kernel for that (`QuantizedTensor.computed_by`).
     Raises SpecError for other activations and QuantizationError for inner dims that differ.
     """
-    if activations not in _ACTIVATIONS:
-        raise SpecError(unknown("activations", activations, _ACTIVATIONS))
+    if activations not in ACTIVATIONS:
+        raise SpecError(unknown("activations", activations, ACTIVATIONS))
     if x.shape[-1] != weight.shape[1]:
         raise QuantizationError(f"x has rows of {x.shape[-1]}, but the weight has rows of {weight.shape[1]}")
     if isinstance(weight, Tensor):

@@ -93,15 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         "--baseline", type=Path, metavar="old.json", help="an older run, to show every value beside what it was"
     )
     parser.add_argument("--compare-times", action="store_true", help="compare times of different machines too")
-    parser.add_argument(
-        "--fail-if",
-        action="append",
-        default=[],
-        metavar="METRIC[LABEL=VALUE]:LIMIT",
-        help=f"exit with 1 where a value is on the bad side of its limit (repeatable): {gate.EXAMPLES}".replace(
-            "%", "%%"
-        ),
-    )
+    parser.add_argument("--fail-if", action="append", default=[], metavar=gate.METAVAR, help=gate.HELP)
     return parser
 
 

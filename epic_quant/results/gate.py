@@ -16,7 +16,11 @@ from epic_quant.results.comparison import Key, Measured, is_time, measured, roun
 from epic_quant.results.run import Run
 from epic_quant.units import parse_nbytes
 
-EXAMPLES = "kl_divergence:0.05, rel_l2[class=mlp]:+5%, resident_nbytes[policy=int4-g128]:3.5GB"
+_EXAMPLES = "kl_divergence:0.05, rel_l2[class=mlp]:+5%, resident_nbytes[policy=int4-g128]:3.5GB"
+
+# Of the option --fail-if, for parsers that fill in `%`.
+METAVAR = "METRIC[LABEL=VALUE]:LIMIT"
+HELP = f"end with status 1 where a value is on the bad side of its limit (repeatable): {_EXAMPLES}".replace("%", "%%")
 
 # Labels that have a shorter name, and what is no label but selects like one.
 _ALIASES = {"class": "tensor_class"}
@@ -51,7 +55,7 @@ class Condition:
         """
         found = _CONDITION.fullmatch(text.strip())
         if found is None:
-            raise GateError(f"{text!r} is no condition METRIC[label=value,…]:LIMIT, such as {EXAMPLES}")
+            raise GateError(f"{text!r} is no condition METRIC[label=value,…]:LIMIT, such as {_EXAMPLES}")
         name = found["metric"].strip()
         if name not in METRICS:
             raise GateError(unknown("metric", name, METRICS))

@@ -27,7 +27,10 @@ def partial_path(json_path: Path) -> Path:
 
 
 class PartialWriter:
-    """Appends to a partial file, a line at a time, each flushed to the system as it is written."""
+    """Appends to a partial file, a line at a time, each flushed to the system as it is written.
+
+    Where that fails, as on a full disk, `error` says why, and no more is written: the run can go on without it.
+    """
 
     def __init__(self, path: Path, facts: Mapping[str, Any], planned: Sequence[str]) -> None:
         """Put a new file, with its first line, in the place of an old one.
@@ -35,6 +38,7 @@ class PartialWriter:
         Raises ReportError where it cannot be written, with what was there before still there.
         """
         self.path = path
+        self.error: str | None = None
         beside = path.with_name(f"{path.name}.{os.getpid()}")
         try:
             try:
@@ -45,7 +49,7 @@ class PartialWriter:
                 beside.unlink(missing_ok=True)
             self._file = path.open("a", encoding="utf-8", newline="\n")
         except OSError as error:
-            raise ReportError(f"{path}: cannot be written: {error.strerror}") from error
+            raise ReportError(self._cannot(error)) from error
 
     def record(self, test: str, record: Record) -> None:
         """Append a record of a test that still runs."""
@@ -57,11 +61,22 @@ class PartialWriter:
 
     def close(self) -> None:
         """Write no more."""
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:  # what could not be written before is tried again
+            self.error = self._cannot(error)
 
     def _append(self, entry: Mapping[str, Any]) -> None:
-        self._file.write(_line(entry))
-        self._file.flush()
+        if self.error is not None:
+            return
+        try:
+            self._file.write(_line(entry))
+            self._file.flush()
+        except OSError as error:
+            self.error = self._cannot(error)
+
+    def _cannot(self, error: OSError) -> str:
+        return f"{self.path}: cannot be written: {error.strerror}"
 
 
 def read_partial(path: Path) -> dict[str, Any]:

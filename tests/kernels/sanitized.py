@@ -4,32 +4,14 @@ Every buffer is exactly as long as it must be, so that a read or write beyond it
 worked out here anew, from the bits.
 """
 
-import ctypes
 import importlib.util
 import sys
 
 import numpy as np
+from exact import Exact
 
 CODINGS = {"bits2": 2, "bits3": 3, "bits4": 4, "bits8": 8, "trits": 5}
 THREADS = (1, 2, 5)
-
-libc = ctypes.CDLL(None)
-libc.malloc.restype = ctypes.c_void_p
-libc.malloc.argtypes = [ctypes.c_size_t]
-libc.free.argtypes = [ctypes.c_void_p]
-
-
-class Exact:
-    """An array in memory of its own from malloc."""
-
-    def __init__(self, values):
-        self.address = libc.malloc(values.nbytes)
-        buffer = (ctypes.c_char * values.nbytes).from_address(self.address)
-        self.values = np.frombuffer(buffer, dtype=values.dtype).reshape(values.shape)
-        self.values[...] = values
-
-    def __del__(self):
-        libc.free(self.address)
 
 
 def codes_of(packed, coding, cols):

@@ -4,34 +4,16 @@ Every buffer is exactly as long as it must be, so that a read or write beyond it
 turns are worked out here anew; what is decoded of other codes must be nearer to the weights than zeros are.
 """
 
-import ctypes
 import importlib.util
 import itertools
 import sys
 
 import numpy as np
-
-libc = ctypes.CDLL(None)
-libc.malloc.restype = ctypes.c_void_p
-libc.malloc.argtypes = [ctypes.c_size_t]
-libc.free.argtypes = [ctypes.c_void_p]
+from exact import Exact
 
 ELEMENTS = {np.float32: 0, np.float16: 2}
 COLS = (1, 2, 5, 7, 8, 9, 31, 64, 127, 320, 2561)
 TABLES = {2: (-127, -38, 38, 127), 3: (-127, -79, -45, -14, 14, 45, 79, 127), 4: tuple(range(-120, 128, 16))}
-
-
-class Exact:
-    """An array in memory of its own from malloc."""
-
-    def __init__(self, values):
-        self.address = libc.malloc(values.nbytes)
-        buffer = (ctypes.c_char * values.nbytes).from_address(self.address)
-        self.values = np.frombuffer(buffer, dtype=values.dtype).reshape(values.shape)
-        self.values[...] = values
-
-    def __del__(self):
-        libc.free(self.address)
 
 
 def packed_of(codes, bits):

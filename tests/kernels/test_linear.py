@@ -206,6 +206,12 @@ def test_inputs_that_do_not_fit_are_refused(isa, x, message):
         matrix.linear(x)
 
 
+def test_unknown_activations_are_refused(isa):
+    matrix = packed(quantizer("int4").quantize(torch.ones(4, 64)), isa)
+    with pytest.raises(KernelError, match="unknown activations 'int4'"):
+        matrix.linear(torch.zeros(2, 64), "int4")
+
+
 def test_linear_takes_the_kernels_and_says_so():
     quantized = quantizer("int4-g32").quantize(torch.randn(8, 64, generator=torch.Generator().manual_seed(0)))
     x = torch.randn(2, 64, generator=torch.Generator().manual_seed(1))

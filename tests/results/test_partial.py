@@ -99,6 +99,23 @@ def test_a_new_run_takes_the_place_of_an_old_file_whole(stopped, facts):
     assert [path.name for path in stopped.parent.iterdir()] == [stopped.name]
 
 
+def test_a_full_disk_is_told_and_ends_nothing(tmp_path, facts):
+    resource = pytest.importorskip("resource", reason="limits of a process are Unix'")
+    path = tmp_path / "out.partial.jsonl"
+    writer = PartialWriter(path, facts, TESTS)
+    writer.record(TESTS[0], record(0))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limits[1]))
+    try:
+        writer.record(TESTS[1], record(1))
+        writer.finished(TESTS[1], PASSED, 0.25)
+        writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert writer.error == f"{path}: cannot be written: File too large"
+    assert [one.labels["policy"] for one in read_run(path).records] == ["0"]
+
+
 def test_a_folder_that_is_not_there_is_told(tmp_path, facts):
     with pytest.raises(ReportError, match=r"none/out\.partial\.jsonl: cannot be written: No such file"):
         PartialWriter(tmp_path / "none" / "out.partial.jsonl", facts, TESTS)

@@ -10,6 +10,7 @@
 
 #include <cstring>
 
+#include "eight.h"
 #include "linear.h"
 #include "prepare.h"
 #include "table.h"
@@ -145,20 +146,18 @@ struct Row {
   std::uint8_t tail_[kTailNbytes];
 };
 
-EPIC_QUANT_INLINE float float_of(std::uint16_t half) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(half))); }
-
 // The row's scales [num_scales] from fp16, each for the blocks that it serves, and zeros for blocks behind the row.
 inline void expand_scales(const Weights& weights, const Plan& plan, std::size_t row, float* to) {
   const std::uint16_t* from = weights.scale + row * weights.num_scales;
   const std::size_t blocks = padded_blocks(plan);
   if (weights.num_scales == 1) {
-    const __m256 all = _mm256_set1_ps(float_of(*from));
+    const __m256 all = _mm256_set1_ps(from_fp16(*from));
     for (std::size_t b = 0; b < blocks; b += 8) _mm256_storeu_ps(to + b, all);
     return;
   }
   std::size_t b = 0;
   if (plan.kind == Blocks::segments) {
-    for (Segment segment; segment.group < weights.num_scales; segment.next(plan)) to[b++] = float_of(from[segment.group]);
+    for (Segment segment; segment.group < weights.num_scales; segment.next(plan)) to[b++] = from_fp16(from[segment.group]);
     for (; b < blocks; ++b) to[b] = 0;
     return;
   }
@@ -166,10 +165,10 @@ inline void expand_scales(const Weights& weights, const Plan& plan, std::size_t 
   if (each == 1) {
     for (; b + 8 <= used; b += 8)
       _mm256_storeu_ps(to + b, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + b))));
-    for (; b < used; ++b) to[b] = float_of(from[b]);
+    for (; b < used; ++b) to[b] = from_fp16(from[b]);
   } else {
     for (std::size_t scale = 0; scale < weights.num_scales; ++scale)
-      for (std::size_t i = 0; i < each; ++i) to[b++] = float_of(from[scale]);
+      for (std::size_t i = 0; i < each; ++i) to[b++] = from_fp16(from[scale]);
   }
   for (; b < blocks; ++b) to[b] = 0;
 }
@@ -493,7 +492,7 @@ void tokens_fp32(const Linear& job, std::size_t begin, std::size_t end, float* s
       const std::size_t row = first + (r < rows ? r : rows - 1);
       if (segments)
         for (std::size_t s = 0; s < weights.num_scales; ++s)
-          scales[r * scale_stride + s] = float_of(weights.scale[row * weights.num_scales + s]);
+          scales[r * scale_stride + s] = from_fp16(weights.scale[row * weights.num_scales + s]);
       else
         expand_scales(weights, plan, row, scales + r * scale_stride);
     }

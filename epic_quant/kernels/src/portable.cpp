@@ -1,6 +1,7 @@
 // Plain C++17, which the compiler may vectorize for the CPU that it builds for.
 #include <cstring>
 
+#include "eight.h"
 #include "linear.h"
 #include "prepare.h"
 #include "quantize.h"
@@ -8,20 +9,6 @@
 
 namespace epic_quant {
 namespace {
-
-float float_of(std::uint16_t half) {
-  const std::uint32_t sign = static_cast<std::uint32_t>(half >> 15) << 31, exponent = half >> 10 & 31,
-                      mantissa = half & 1023;
-  std::uint32_t bits = sign | (exponent + 112) << 23 | mantissa << 13;
-  if (exponent == 31) bits = sign | 0x7F800000 | mantissa << 13;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  if (exponent == 0) {
-    value = static_cast<float>(mantissa) * (1.0f / 16777216);
-    return sign ? -value : value;
-  }
-  return value;
-}
 
 // The value of every code of a unit, code - zero or its level, in the order that linear.h tells: [V, 32].
 template <Coding K>
@@ -113,7 +100,7 @@ void multiply_digits(const Linear& job, int digits, std::size_t begin, std::size
           if (group >= job.weights.num_scales) continue;  // behind the row
           float value = 0;
           for (int d = 0; d < digits; ++d) value += kDigit[d] * static_cast<float>(totals[d][half]);
-          sum += value * (float_of(scales[group]) * job.x_scale[token * blocks + block]);
+          sum += value * (from_fp16(scales[group]) * job.x_scale[token * blocks + block]);
         }
       }
       job.out[token * job.weights.rows + row] = sum;
@@ -138,7 +125,7 @@ void tokens_fp32(const Linear& job, std::size_t begin, std::size_t end, void* sc
       const std::size_t in_order = unit * plan.unit_codes + within % kVector * vectors + within / kVector;
       const std::size_t group = in_order / plan.group_size;
       row_values[at] = in_order < cols ? static_cast<float>(values[at]) *
-                                             float_of(job.weights.scale[row * job.weights.num_scales + group])
+                                             from_fp16(job.weights.scale[row * job.weights.num_scales + group])
                                        : 0.0f;
     }
     for (std::size_t token = 0; token < job.tokens; ++token) {
