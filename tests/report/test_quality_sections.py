@@ -32,6 +32,10 @@ def findings(blocks):
     return "\n".join(item for block in blocks if isinstance(block, Findings) for item in block.items)
 
 
+def paragraphs(blocks):
+    return "\n".join(block.text for block in blocks if isinstance(block, Paragraph))
+
+
 def table(blocks, title, index=0):
     """A table after a heading, as {first cell: {column: cell}}."""
     start = next(i for i, block in enumerate(blocks) if isinstance(block, Heading) and block.text == title)
@@ -50,6 +54,12 @@ def change(data, subject, how, **labels):
 
 def add(data, record):
     data["benchmarks"].append({"name": "t", "extra_info": {JSON_KEY: record.to_json()}})
+
+
+def test_it_says_how_many_tokens_are_judged(run_json, report):
+    data = change(run_json("quality"), "quality", lambda record: record["details"].update(num_tokens=765))
+    assert "evaluation text, of which 765 are predicted. `bf16-compute`" in paragraphs(report(data))
+    assert "evaluation text. `bf16-compute`" in paragraphs(report(run_json("quality")))
 
 
 def test_the_quality_table_has_every_measure(run_json, report):

@@ -26,8 +26,8 @@ def blocks(run: Run) -> list[Block]:
     found: list[Block] = [
         Paragraph(
             "KL divergence of the next token's distribution from that of the checkpoint's own weights in fp32, in nats "
-            f"a token of the evaluation text. `{NOISE_FLOOR}` is the same weights computed in bf16: what lies below "
-            "it is noise. ± is one standard error, over tokens as if they were independent."
+            f"a token of the evaluation text{_judged(run)}. `{NOISE_FLOOR}` is the same weights computed in bf16: what "
+            "lies below it is noise. ± is one standard error, over tokens as if they were independent."
         ),
         _table(run),
     ]
@@ -78,6 +78,12 @@ def findings(run: Run) -> list[str]:
     if told:
         found.append(f"Spearman's correlation with KL divergence: {'; '.join(told)}.")
     return found
+
+
+def _judged(run: Run) -> str:
+    """On how many tokens, where that is known."""
+    counts = {record.details.get("num_tokens") for record in run.select("quality")} - {None}
+    return f", of which {' or '.join(sorted(map(str, counts)))} are predicted" if counts else ""
 
 
 def _quantized(run: Run) -> list[str]:
