@@ -45,7 +45,7 @@ BY_TOKEN = [
         f"{scheme}{turned}{center}"
         for scheme in SYMMETRIC
         for turned in ("", "+had512")
-        for center in ("", "+center32", "+center32+unbiased")
+        for center in ("", "+center32", "+center32+unbiased", "+center128+unbiased")
     ),
     *AFFINE,
 ]
@@ -57,13 +57,13 @@ BY_CHANNEL = [
         f"{scheme}{turned}+clip{percent}@{block}"
         for scheme in AFFINE[:2]
         for turned in ("", "+had512")
-        for percent in (5, 10, 12)
+        for percent in (5, 10, 12, 15)
         for block in (64, 128)
     ),
 ]
 # What is left unquantized. The first tokens draw much attention, whatever they are, and cost next to nothing; the
 # newest are looked at most.
-KEPT = {FULL: ("first=2", "first=4", "first=4/recent=16", "first=4/recent=32"), SLIDING: ("", "recent=16")}
+KEPT = {FULL: ("first=1", "first=2", "first=4", "first=4/recent=16", "first=4/recent=32"), SLIDING: ("", "recent=16")}
 
 
 @dataclass(frozen=True)

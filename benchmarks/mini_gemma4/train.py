@@ -2,10 +2,10 @@
 
     python benchmarks/mini_gemma4/train.py --out benchmarks/mini_gemma4
 
-The text is CPython's standard library as the running interpreter ships it (`Lib/`, test suites left
-out). Two sets of modules are held out of training: a piece of one becomes `eval.txt`, a piece of the
-other `calibration.txt`. The tokenizer is trained on the training text alone. Everything is seeded; the
-result differs between machines only by the rounding of their matrix products.
+The text is CPython's standard library as the running interpreter ships it: `Lib/` without test suites, docstrings of
+modules written in C, and the packages that `ensurepip` carries there. Two sets of modules are held out of training: a
+piece of one becomes `eval.txt`, a piece of the other `calibration.txt`. The tokenizer is trained on the training text
+alone. Everything is seeded; the result differs between machines only by the rounding of their matrix products.
 """
 
 from __future__ import annotations
