@@ -22,7 +22,9 @@ POSIX = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def stopped(command, out, records, how):
     """Run pytest until so many records are on the disk, stop it, and give its exit status."""
     partial = partial_path(out)
-    with subprocess.Popen(**command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    # A shell starts what runs in its background deaf to SIGINT, and so would be what that starts.
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(**command, **heard, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             for _ in range(6000):
                 if partial.exists() and partial.read_text(encoding="utf-8").count('"record"') >= records:
