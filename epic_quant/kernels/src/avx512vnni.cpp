@@ -28,16 +28,10 @@ bool runs_here() {
 #endif
 }
 
-void token(const Linear& job, int digits, std::size_t begin, std::size_t end, void* scratch) {
-  by_coding(job.weights, [&](auto kernel) { kernel.token_kernel(job, digits, begin, end, scratch); });
-}
 void tokens_int8(const Linear& job, std::size_t begin, std::size_t end, void* scratch) {
   by_coding(job.weights, [&](auto kernel) {
     tokens_int8_lanes<kernel.coding, kernel.has_levels>(job, begin, end, scratch);
   });
-}
-void tokens_fp32(const Linear& job, std::size_t begin, std::size_t end, void* scratch) {
-  by_coding(job.weights, [&](auto kernel) { kernel.tokens_fp32_kernel(job, begin, end, scratch); });
 }
 
 }  // namespace

@@ -579,5 +579,12 @@ void by_coding(const Weights& weights, Visit&& visit) {
   }
 }
 
+inline void token(const Linear& job, int digits, std::size_t begin, std::size_t end, void* scratch) {
+  by_coding(job.weights, [&](auto kernel) { kernel.token_kernel(job, digits, begin, end, scratch); });
+}
+inline void tokens_fp32(const Linear& job, std::size_t begin, std::size_t end, void* scratch) {
+  by_coding(job.weights, [&](auto kernel) { kernel.tokens_fp32_kernel(job, begin, end, scratch); });
+}
+
 }  // namespace
 }  // namespace epic_quant
