@@ -164,6 +164,8 @@ class Stream:
             }
             for state in states:
                 self._through(state, spec, weights)
+            # Before others are decoded: two layers of fp32 would be what a pass takes most of.
+            del weights
 
     def _layer_key(self, name: str, spec: LayerSpec) -> LayerKey:
         return layer_key(self._variants[name], spec, self.config)
