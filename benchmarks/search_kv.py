@@ -40,6 +40,16 @@ MAX_OVERHEAD = 1.1
 
 SYMMETRIC = [*(f"int{bits}" for bits in (2, 3, 4, 5, 6)), *(f"codebook{bits}" for bits in (2, 3, 4))]
 AFFINE = [f"affine{bits}" for bits in (2, 3, 4, 5)]
+# What is stored along how many directions, and of all others. These keep two bits and more, and the directions are few:
+# how much of a larger model's K and V lies along them is not known from heads of 128 dims made of 256.
+DIRECTIONS = (8, 12, 16)
+ALONG = {"codebook2": ("codebook4", "int5"), "codebook3": ("int5", "int6"), "codebook4": ("int6", "int8")}
+PCA = [
+    (scheme, f"+center128+pca{directions}-{along}")
+    for scheme, several in ALONG.items()
+    for along in several
+    for directions in DIRECTIONS
+]
 BY_TOKEN = [
     *(
         f"{scheme}{turned}{center}"
@@ -47,6 +57,7 @@ BY_TOKEN = [
         for turned in ("", "+had512")
         for center in ("", "+center32", "+center32+unbiased", "+center128+unbiased")
     ),
+    *(f"{scheme}+had512{pca}+unbiased" for scheme, pca in PCA),
     *AFFINE,
 ]
 # A channel that has a zero point needs no center. What stands out in few levels costs the others much.
@@ -60,6 +71,7 @@ BY_CHANNEL = [
         for percent in (5, 10, 12, 15)
         for block in (64, 128)
     ),
+    *(f"{scheme}{pca}@{block}" for scheme, pca in PCA for block in (64, 128)),
 ]
 # What is left unquantized. The first tokens draw much attention, whatever they are, and cost next to nothing; the
 # newest are looked at most.

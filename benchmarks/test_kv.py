@@ -264,13 +264,7 @@ def test_the_searched_policies_keep_to_their_budgets(layer_type, run):
 @pytest.mark.parametrize(
     ("better", "other", "most"),
     [
-        pytest.param(
-            "p-rope",
-            "original",
-            0.5,
-            # Scalar codes at these bits: the more sharply a model attends, the less room they leave.
-            marks=pytest.mark.xfail(strict=True, reason="0.55 on the small model as it is trained now"),
-        ),
+        ("p-rope", "original", 0.5),
         ("p-rope", "original+ls", 0.8),
         ("p-rope-4", "int4", 0.7),
     ],

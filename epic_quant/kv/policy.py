@@ -150,11 +150,11 @@ _SPECS = {
     "original+ls": "int4/full.k.unrotated=int2/full.v.unrotated=int2",
     # V has no dims that turn: its split only brings the total to that of the original.
     "original-inverted": "int4/full.k.rotated=int2/full.k.unrotated=int3/full.v.rotated=int3/full.v.unrotated=int2",
-    # Found with benchmarks/search_kv.py, and then a setting at a time varied, on the small model's calibration text.
-    "p-rope": "full.k.rotated=affine4@128/full.k.unrotated=codebook2+had512+center128+unbiased"
-    "/full.v=affine2+clip15@128/full.first=1/sliding.k=codebook4+had512/sliding.v=codebook4+had512",
-    "p-rope-4": "full.k.rotated=affine4@128/full.k.unrotated=codebook4+had512+center32+unbiased"
-    "/full.v=int4@64/full.first=2/sliding.k=codebook4+had512/sliding.v=codebook4+had512",
+    # Found with benchmarks/search_kv.py on the small model's calibration text.
+    "p-rope": "full.k.rotated=codebook4@64/full.k.unrotated=codebook2+had512+center128+pca8-int5+unbiased"
+    "/full.v=codebook2+center128+pca12-codebook4@128/full.first=1/sliding.k=codebook4+had512/sliding.v=codebook4+had512",
+    "p-rope-4": "full.k.rotated=affine5@128/full.k.unrotated=codebook3+had512+center128+pca12-int6+unbiased"
+    "/full.v=affine4+had512@128/full.first=2/sliding.k=codebook4+had512/sliding.v=codebook4+had512",
 }
 
 NAMED: Mapping[str, KVPolicy] = MappingProxyType(

@@ -10,7 +10,7 @@ from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import CacheError
 from epic_quant.gemma4.model import TextModel
 from epic_quant.gemma4.weights import CheckpointWeights
-from epic_quant.kv import NAMED, KVCache, KVPolicy
+from epic_quant.kv import NAMED, KVCache, KVPolicy, principal
 from epic_quant.metrics import relative_l2
 from epic_quant.quant import hadamard, quantizer
 
@@ -131,6 +131,37 @@ def test_a_ring_keeps_its_center(config):
     assert cache.nbytes == 2 * (WINDOW * (8 + 2) + 16 * 2) + 2 * WINDOW * 16 * 2
 
 
+@pytest.mark.parametrize(("spec", "along"), [("int3", "int8"), ("codebook2+had32", "codebook4")])
+def test_principal_coordinates_are_stored_apart(config, spec, along):
+    """Turned as the center's tokens say; the two sets of coordinates are rows of their own."""
+    k, v = keys_and_values(config, FULL, 30)
+    cache = filled(config, f"k={spec}+center12+pca4-{along}/first=2", FULL, k, v)
+    mean = means(k[:, 2:14])
+    x = (k[:, 2:] - mean).transpose(0, 1)
+    found = principal.reflectors(x[:12], 4, torch.float16)
+    turned = principal.turn(x, found)
+    # Of the 28 others a Hadamard block takes 4.
+    parts = [rows_decoded(spec.replace("32", "4"), turned[..., 4:])]
+    parts.insert(0, rows_decoded(f"{along}+had4" if "had" in spec else along, turned[..., :4]))
+    expected = principal.turn_back(torch.cat(parts, dim=-1), found).transpose(0, 1) + mean
+    assert relative_l2(cache.keys(FULL)[:, 2:], expected) <= 1e-6
+    row = {"int3": 11 + 4, "codebook2+had32": 7 + 2}[spec] + 4
+    assert cache.nbytes == 2 * (28 * row + 2 * 32 * 4 + (1 + 4) * 32 * 2) + 2 * 30 * 32 * 2
+
+
+def test_what_varies_in_few_directions_takes_few_bits(config):
+    """Three directions hold all but a little: in 8 bits they and in 2 the others come to less than 6 bits for all."""
+    tokens = 400
+    rng = torch.Generator().manual_seed(0)
+    along, across = torch.randn(2, tokens, 3, generator=rng), torch.randn(2, 3, 32, generator=rng)
+    k = along @ across + torch.randn(2, tokens, 32, generator=rng) / 50 + 3
+    plain, turned = (
+        relative_l2(filled(config, f"k={spec}/first=1", FULL, k, k).keys(FULL), k)
+        for spec in ("int6+center64", "int2+center64+pca3-int8")
+    )
+    assert turned < plain
+
+
 def test_what_is_clipped_is_the_outer_part_of_the_range(config):
     k, v = keys_and_values(config, FULL, 16)
     blocks = k.unflatten(1, (-1, 8)).numpy()
@@ -199,6 +230,7 @@ POLICIES = [
     "absmax4/full.k.unrotated=absmax2@8/recent=25/first=1",
     "k=int4+center7/v=affine2+clip10@8/recent=4/first=11",
     "k=int2+center20+unbiased@16/v=int3-g8+center40/first=5",
+    "k=int2+had8+center20+pca5-int5+unbiased/v=ternary+center20+pca3-codebook4@8/first=5",
 ]
 
 
@@ -285,7 +317,9 @@ def test_a_long_prompt_is_stored_in_lots(config):
     assert torch.equal(cache.keys(FULL)[:, last], rows_decoded("int4", k[:, last]).bfloat16())
 
 
-@pytest.mark.parametrize("policy", ["k=int4@8/v=int4/recent=3/first=2", "k=int4+center9@8/v=int4+center5/first=2"])
+@pytest.mark.parametrize(
+    "policy", ["k=int4@8/v=int4/recent=3/first=2", "k=int4+center9+pca2-int8@8/v=int4+center5/first=2"]
+)
 def test_a_reset_cache_is_as_new(config, policy):
     k, v = keys_and_values(config, FULL, 50)
     used, fresh = (
@@ -365,7 +399,7 @@ def test_bad_input_is_one_clear_line_and_changes_nothing(config, act, message):
     assert torch.equal(cache.values(FULL), before[2])
 
 
-@pytest.mark.parametrize("spec", ["int4+center8", "int4+had8@8", "int4+had8+clip5", "affine4+center8@8"])
+@pytest.mark.parametrize("spec", ["int4+center8+pca2-int8", "int4+had8@8", "int4+had8+clip5", "affine4+center8@8"])
 def test_the_largest_values_are_stored_as_finite_ones(config, spec):
     cache = KVCache(config, KVPolicy.parse(spec))
     k = torch.full((2, 24, 32), 3e38)

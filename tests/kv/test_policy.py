@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 
 from epic_quant.errors import SpecError
 from epic_quant.kv import NAMED, KVCache, KVPolicy, LayerPolicy, Storage
-from epic_quant.quant import quantizer
+from epic_quant.kv.storage import Pca
+from epic_quant.quant import SCHEMES, quantizer
 
 storages = st.sampled_from(
     [
         *("bf16", "fp32", "int4", "int4-g8", "int3+had16", "int8-g8+had32", "absmax2@8", "codebook3@16"),
         *("ternary+had8@8", "int4+had8+center30", "int2+center9+clip5+unbiased@8", "affine2-g8+center1"),
+        *("int2+had8+center9+pca3-int4+unbiased", "ternary+center8+pca2-absmax3-packed+clip5@8"),
     ]
 ).map(Storage.parse)
 heads = st.tuples(storages) | st.tuples(storages, storages)
@@ -86,6 +88,13 @@ def test_later_parts_override_what_they_cover(text, same):
         ("k=int4-g8+clip5", "without groups"),
         ("k=int4-g8+unbiased", "without groups"),
         ("k=affine4+unbiased", "without a zero point"),
+        ("k=int4+pca3-int8", "finds its directions in the tokens of a center"),
+        ("k=int4+center8+pca0-int8", "+pca is 1 direction or more"),
+        ("k=int4+center8+pca3-itn8", "unknown scheme 'itn8'; did you mean int8"),
+        ("k=int4+center8+pca3-int8-g4", "unknown scheme 'int8-g4'"),
+        ("k=int4+center8+pca3-bf16", "under a scheme with scales"),
+        ("k=int4-g8+center8+pca3-int8", "without groups"),
+        ("k=int4+center8+pca3-affine4+unbiased", "without a zero point"),
         ("k=bf16+center4", "nor another option"),
         ("k=int4+\n", "unknown stage"),
     ],
@@ -104,6 +113,7 @@ def test_a_wrong_policy_is_one_clear_line(text, message):
         lambda: Storage(torch.bfloat16, 64),
         lambda: Storage(torch.bfloat16, center=4),
         lambda: Storage(quantizer("int4"), center=0),
+        lambda: Storage(quantizer("int4"), center=8, pca=Pca(0, SCHEMES["int8"])),
         lambda: Storage(quantizer("bf16")),
         lambda: LayerPolicy(recent=-1),
         lambda: KVPolicy(sliding=LayerPolicy(first=3)),
@@ -112,6 +122,11 @@ def test_a_wrong_policy_is_one_clear_line(text, message):
 def test_what_no_text_could_say_is_refused_too(build):
     with pytest.raises(SpecError):
         build()
+
+
+def test_directions_that_do_not_fit_the_head_are_named(config):
+    with pytest.raises(SpecError, match="8 dims of layer 2's heads: 8 directions leave nothing of 8 dims"):
+        KVCache(config, KVPolicy.parse("full.k.rotated=int4+center8+pca8-int8"))
 
 
 @pytest.mark.parametrize(
