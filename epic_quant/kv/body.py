@@ -16,6 +16,9 @@ from epic_quant.quant import QuantizedTensor, Quantizer, hadamard
 from epic_quant.quant.base import MOST_TURNED
 from epic_quant.quant.scheme import SCALE_DTYPE, over_scale, stored_scale
 
+# Read together where there is something to do to them in fp32, which then stays in the caches.
+_LOT_TOKENS = 1024
+
 
 class Body:
     """Takes and gives [tokens, num_heads, num_dims]; keeps at most `most` units, the newest.
@@ -95,13 +98,18 @@ class Body:
 
     def read(self, dtype: torch.dtype) -> Tensor:
         """All tokens without the lead, in `dtype`."""
-        parts = [part.read(torch.float32 if self._centered else dtype) for part in self._coordinates]
-        values = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        if len(self._reflectors):
-            values = principal.turn_back(values, self._reflectors.rows()[0])
-        if len(self._offset):
-            values = values + self._offset.rows()
-        return values[self.lead :].to(dtype)
+        if not len(self._offset):
+            return self._coordinates[0].read(slice(None), dtype)[self.lead :].to(dtype)
+        x = torch.empty(self._num_units * self.unit, *self._offset.shape, dtype=dtype)
+        step = -(-_LOT_TOKENS // self.unit)
+        for first in range(0, self._num_units, step):
+            units = slice(first, first + step)
+            values = torch.cat([part.read(units, torch.float32) for part in self._coordinates], dim=-1)
+            if len(self._reflectors):
+                values = principal.turn_back(values, self._reflectors.rows()[0])
+            values += self._offset.rows()
+            x[first * self.unit :][: len(values)] = values
+        return x[self.lead :]
 
     @property
     def _num_units(self) -> int:
@@ -148,9 +156,9 @@ class _Coordinates:
         self._packed.append(stored.packed.view(-1, *self._packed.shape))
         self._scale.append(scale.view(-1, *self._scale.shape))
 
-    def read(self, dtype: torch.dtype) -> Tensor:
-        """All tokens, [tokens, num_heads, count] in `dtype`, or where they are turned here in fp32."""
-        packed, scale = self._packed.rows().flatten(0, 1), self._scale.rows().flatten(0, 1)
+    def read(self, units: slice, dtype: torch.dtype) -> Tensor:
+        """Tokens of some units, [tokens, num_heads, count] in `dtype`, or where they are turned here in fp32."""
+        packed, scale = (rows.rows()[units].flatten(0, 1) for rows in self.rows)
         stored = QuantizedTensor(packed, scale, self._cols, self._quantizer)
         values = stored.dequantize(torch.float32 if self._turned else dtype)
         if self._block is not None:

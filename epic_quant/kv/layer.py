@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -38,8 +39,8 @@ class LayerStore:
         """Add tokens, finite in fp32."""
         for head, x in ((self._k, k), (self._v, v)):
             for lot in x.split(_LOT_TOKENS, dim=1):
-                for dims, part in head:
-                    part.append((lot if dims is None else lot[..., dims]).transpose(0, 1))
+                for runs, part in head:
+                    part.append(torch.cat([lot[..., run] for run in runs], dim=-1).transpose(0, 1))
         self.tokens += k.shape[1]
 
     def keys(self) -> Tensor:
@@ -75,25 +76,27 @@ class LayerStore:
         return [part for _, part in (*self._k, *self._v)]
 
     def _read(self, head: list[_DimsPart]) -> Tensor:
-        if len(head) == 1 and head[0].dims is None:
+        if len(head) == 1:
             return head[0].part.read(self._dtype).transpose(0, 1)
         x = torch.empty(self.kept, self._spec.num_kv_heads, self._spec.head_dim, dtype=self._dtype)
-        for dims, part in head:
-            x[..., dims] = part.read(self._dtype)
+        for runs, part in head:
+            pieces = part.read(self._dtype).split([run.stop - run.start for run in runs], dim=-1)
+            for run, piece in zip(runs, pieces, strict=True):
+                x[..., run] = piece
         return x.transpose(0, 1)
 
 
 class _DimsPart(NamedTuple):
-    """A part and the dims of the head that it holds, int64; None for all."""
+    """A part and the dims of the head that it holds, as runs: copying these is faster than picking dims."""
 
-    dims: Tensor | None
+    runs: list[slice]
     part: Part
 
 
 def _head(spec: LayerSpec, policy: LayerPolicy, head: Head, dtype: torch.dtype) -> list[_DimsPart]:
     parts = []
-    for dims, storage in zip(_sets_of_dims(spec, len(head)), head, strict=True):
-        num_dims = spec.head_dim if dims is None else len(dims)
+    for runs, storage in zip(_sets_of_dims(spec, len(head)), head, strict=True):
+        num_dims = sum(run.stop - run.start for run in runs)
         if num_dims == 0:  # As the unrotated ones of a sliding layer.
             continue
         try:
@@ -109,14 +112,16 @@ def _head(spec: LayerSpec, policy: LayerPolicy, head: Head, dtype: torch.dtype) 
         except QuantizationError as error:
             said = f"{storage} does not fit the {num_dims} dims of layer {spec.index}'s heads"
             raise SpecError(f"{said}: {error}") from error
-        parts.append(_DimsPart(dims, part))
+        parts.append(_DimsPart(runs, part))
     return parts
 
 
-def _sets_of_dims(spec: LayerSpec, count: int) -> list[Tensor | None]:
+def _sets_of_dims(spec: LayerSpec, count: int) -> list[list[slice]]:
+    """All dims of a head, or the rotated ones and the others."""
     if count == 1:
-        return [None]
-    rotated = rotated_dims(spec)
-    others = torch.ones(spec.head_dim, dtype=torch.bool)
-    others[rotated] = False
-    return [rotated, others.nonzero().flatten()]
+        return [[slice(0, spec.head_dim)]]
+    rotated = torch.zeros(spec.head_dim, dtype=torch.bool)
+    rotated[rotated_dims(spec)] = True
+    borders = [0, *(rotated.diff().nonzero().flatten() + 1).tolist(), spec.head_dim]
+    runs = [slice(*run) for run in itertools.pairwise(borders)]
+    return [[run for run in runs if rotated[run.start] == which] for which in (True, False)]

@@ -31,21 +31,21 @@ def turn(x: Tensor, reflectors: Tensor) -> Tensor:
 
     Norms and inner products stay. Added up in fp64, since sums of fp32 depend on how many tokens come together.
     """
-    return _reflected(x.double(), reflectors, back=False).float()
+    return _reflect(x.double(), reflectors, back=False).float()
 
 
 def turn_back(x: Tensor, reflectors: Tensor) -> Tensor:
-    """The inverse of `turn`, which is its transpose, in fp32."""
-    return _reflected(x, reflectors, back=True)
+    """The inverse of `turn`, which is its transpose, in fp32; `x` is overwritten."""
+    return _reflect(x, reflectors, back=True)
 
 
-def _reflected(x: Tensor, reflectors: Tensor, *, back: bool) -> Tensor:
+def _reflect(x: Tensor, reflectors: Tensor, *, back: bool) -> Tensor:
     """By I - v vᵀ / (vᵀ v / 2) one after the other, which together are I - Vᵀ T V (Schreiber and Van Loan, 1989)."""
     v = reflectors.double()
     products = (v @ v.mT).triu()
     # T is the inverse of the products above the diagonal with half of it (Puglisi, 1992).
     inner = torch.linalg.inv(products - products.diagonal(dim1=-2, dim2=-1).diag_embed() / 2)
-    v, inner = v.to(x.dtype), (inner.mT if back else inner).to(x.dtype)
-    heads = x.transpose(0, 1)  # [H, N, D]
-    turned: Tensor = heads - (heads @ v.mT) @ inner @ v
-    return turned.transpose(0, 1)
+    v, right = v.to(x.dtype), ((inner.mT if back else inner) @ v).to(x.dtype)
+    for heads, its_v, its_right in zip(x.unbind(1), v, right, strict=True):
+        heads.addmm_(heads @ its_v.mT, its_right, alpha=-1)
+    return x

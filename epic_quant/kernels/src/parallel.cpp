@@ -2,12 +2,16 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <thread>
 #include <vector>
 
 #if defined(__linux__)
 #include <dlfcn.h>
+#endif
+#if !defined(_WIN32)
+#include <pthread.h>
 #endif
 
 namespace epic_quant {
@@ -19,12 +23,20 @@ struct Job {
   void (*work)(void*, std::size_t, std::size_t);
   void* context;
   std::atomic<std::size_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error{};  // of the first piece that failed
 
-  void run() {
+  // Nothing may leave a thread of somebody else's by an exception.
+  void run() noexcept {
     for (;;) {
       const std::size_t begin = next.fetch_add(grain, std::memory_order_relaxed);
       if (begin >= count) return;
-      work(context, begin, begin + grain < count ? begin + grain : count);
+      try {
+        work(context, begin, begin + grain < count ? begin + grain : count);
+      } catch (...) {
+        if (!failed.exchange(true)) error = std::current_exception();
+        next.store(count, std::memory_order_relaxed);
+      }
     }
   }
 };
@@ -67,16 +79,6 @@ class Pool {
     done_.wait(lock, [this] { return busy_ == 0; });
   }
 
-  ~Pool() {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      stopping_ = true;
-      round_.fetch_add(1, std::memory_order_release);
-    }
-    wake_.notify_all();
-    for (auto& thread : threads_) thread.join();
-  }
-
  private:
   void serve(std::size_t index) {
     std::size_t seen = 0;
@@ -87,7 +89,6 @@ class Pool {
       {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, [&] { return round_.load(std::memory_order_acquire) != seen; });
-        if (stopping_) return;
         seen = round_.load(std::memory_order_acquire);
         if (index >= wanted_) continue;
         job = job_;
@@ -104,13 +105,22 @@ class Pool {
   std::atomic<std::size_t> round_{0};
   Job* job_ = nullptr;
   std::size_t wanted_ = 0, busy_ = 0;
-  bool stopping_ = false;
 };
 
+// Never destroyed: joining threads while the process or an interpreter ends can hang.
+std::atomic<Pool*> the_pool{nullptr};
+
 Pool& pool() {
-  // Never destroyed: joining threads while the process or an interpreter ends can hang.
-  static Pool* const pool = new Pool;
-  return *pool;
+  static const bool ready = [] {
+    the_pool = new Pool;
+#if !defined(_WIN32)
+    // A forked process has none of the threads, and locks as they were.
+    pthread_atfork(nullptr, nullptr, [] { the_pool = new Pool; });
+#endif
+    return true;
+  }();
+  static_cast<void>(ready);
+  return *the_pool;
 }
 
 }  // namespace
@@ -121,10 +131,12 @@ void parallel_for(std::size_t count, std::size_t grain, int num_threads,
   if (grain == 0) grain = 1;
   if (num_threads < 2 || count <= grain) return work(context, 0, count);
   Job job{count, grain, work, context};
+  // Both end only when every thread has left the job.
   if (const GompParallel parallel = gomp_parallel())
     parallel([](void* job) { static_cast<Job*>(job)->run(); }, &job, static_cast<unsigned>(num_threads), 0);
   else
     pool().run(job, num_threads);
+  if (job.error) std::rethrow_exception(job.error);
 }
 
 std::uint64_t sum_of_words(const std::uint64_t* words, std::size_t count, int num_threads) {

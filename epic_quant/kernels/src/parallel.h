@@ -7,7 +7,8 @@
 namespace epic_quant {
 
 // Calls work(context, begin, end) on disjoint ranges that together are [0, count), on at most num_threads threads and
-// in pieces of at most `grain`; returns when all are done. `work` must not throw.
+// in pieces of at most `grain`; returns when all are done. Where one throws, that is thrown here once all threads have
+// stopped, and pieces that nobody had begun are left.
 void parallel_for(std::size_t count, std::size_t grain, int num_threads,
                   void (*work)(void* context, std::size_t begin, std::size_t end), void* context);
 
