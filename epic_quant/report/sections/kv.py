@@ -39,7 +39,7 @@ def error_blocks(run: Run) -> list[Block]:
             "the full length, K and V together, scales and unquantized tokens included. Dense is a preallocated bf16 "
             "tensor: a copy into it, and a slice of it."
         ),
-        Table(("KV policy", "stands for"), tuple(_strings(run))),
+        Table(("KV policy", "stands for"), tuple(_strings(run)), num_text_columns=2),
     ]
     for layer_type in run.labels("kv", "layer_type"):
         found += [Heading(3, layer_type), _errors(run, layer_type)]

@@ -63,6 +63,7 @@ def blocks(run: Run) -> list[Block]:
                     for name, (at, kv) in made.items()
                 ),
                 num_text_columns=2,
+                has_remark=True,
             ),
         ]
     rows = [
