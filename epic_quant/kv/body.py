@@ -10,7 +10,7 @@ from torch import Tensor
 
 from epic_quant.errors import QuantizationError
 from epic_quant.kv import principal
-from epic_quant.kv.rows import Rows
+from epic_quant.kv.rows import Rows, joined
 from epic_quant.kv.storage import Storage
 from epic_quant.quant import QuantizedTensor, Quantizer, hadamard
 from epic_quant.quant.base import MOST_TURNED
@@ -104,7 +104,7 @@ class Body:
         step = -(-_LOT_TOKENS // self.unit)
         for first in range(0, self._num_units, step):
             units = slice(first, first + step)
-            values = torch.cat([part.read(units, torch.float32) for part in self._coordinates], dim=-1)
+            values = joined([part.read(units, torch.float32) for part in self._coordinates], dim=-1)
             if len(self._reflectors):
                 values = principal.turn_back(values, self._reflectors.rows()[0])
             values += self._offset.rows()

@@ -12,6 +12,7 @@ from epic_quant.errors import QuantizationError, SpecError
 from epic_quant.gemma4.config import LayerSpec
 from epic_quant.gemma4.rope import rotated_dims
 from epic_quant.kv.part import Part
+from epic_quant.kv.rows import joined
 from epic_quant.kv.storage import Head, LayerPolicy
 
 _LOT_TOKENS = 4096  # taken at a time, so that a long prompt's temporaries stay small
@@ -40,7 +41,7 @@ class LayerStore:
         for head, x in ((self._k, k), (self._v, v)):
             for lot in x.split(_LOT_TOKENS, dim=1):
                 for runs, part in head:
-                    part.append(torch.cat([lot[..., run] for run in runs], dim=-1).transpose(0, 1))
+                    part.append(joined([lot[..., run] for run in runs], dim=-1).transpose(0, 1))
         self.tokens += k.shape[1]
 
     def keys(self) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from epic_quant.kv.body import Body
-from epic_quant.kv.rows import Rows
+from epic_quant.kv.rows import Rows, joined
 from epic_quant.kv.storage import Storage
 
 
@@ -85,7 +85,7 @@ class Part:
         if self._body is not None:
             pieces = [self._first.rows(), self._body.read(dtype), *pieces]
         pieces = [piece.to(dtype) for piece in pieces if len(piece)]
-        x = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        x = joined(pieces)
         return x if self._window is None else x[-self._window :]
 
     def reset(self) -> None:

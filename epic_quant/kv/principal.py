@@ -42,10 +42,11 @@ def turn_back(x: Tensor, reflectors: Tensor) -> Tensor:
 def _reflect(x: Tensor, reflectors: Tensor, *, back: bool) -> Tensor:
     """By I - v vᵀ / (vᵀ v / 2) one after the other, which together are I - Vᵀ T V (Schreiber and Van Loan, 1989)."""
     v = reflectors.double()
-    products = (v @ v.mT).triu()
-    # T is the inverse of the products above the diagonal with half of it (Puglisi, 1992).
-    inner = torch.linalg.inv(products - products.diagonal(dim1=-2, dim2=-1).diag_embed() / 2)
-    v, right = v.to(x.dtype), ((inner.mT if back else inner) @ v).to(x.dtype)
+    # T is the inverse of the products on and above the diagonal, with half of it (Puglisi, 1992).
+    inverse = (v @ v.mT).triu()
+    inverse.diagonal(dim1=-2, dim2=-1).mul_(0.5)
+    right = torch.linalg.solve_triangular(inverse.mT if back else inverse, v, upper=not back)
+    v, right = v.to(x.dtype), right.to(x.dtype)
     for heads, its_v, its_right in zip(x.unbind(1), v, right, strict=True):
         heads.addmm_(heads @ its_v.mT, its_right, alpha=-1)
     return x

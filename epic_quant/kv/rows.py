@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+
+def joined(pieces: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """The pieces one after the other, of which there must be one: itself and no copy where it is alone."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), dim)
 
 
 class Rows:

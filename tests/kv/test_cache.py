@@ -141,8 +141,8 @@ def test_principal_coordinates_are_stored_apart(config, spec, along):
     found = principal.reflectors(x[:12], 4, torch.float16)
     turned = principal.turn(x, found)
     # Of the 28 others a Hadamard block takes 4.
-    parts = [rows_decoded(spec.replace("32", "4"), turned[..., 4:])]
-    parts.insert(0, rows_decoded(f"{along}+had4" if "had" in spec else along, turned[..., :4]))
+    specs = (f"{along}+had4" if "had" in spec else along), spec.replace("32", "4")
+    parts = [rows_decoded(*part) for part in zip(specs, turned.split([4, 28], dim=-1), strict=True)]
     expected = principal.turn_back(torch.cat(parts, dim=-1), found).transpose(0, 1) + mean
     assert relative_l2(cache.keys(FULL)[:, 2:], expected) <= 1e-6
     row = {"int3": 11 + 4, "codebook2+had32": 7 + 2}[spec] + 4

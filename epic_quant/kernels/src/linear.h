@@ -60,8 +60,9 @@ struct Linear {
   std::size_t tokens;
   const float* x;  // [tokens, cols]
   float* out;      // [tokens, rows]
-  // Laid out by the table's `prepare`; but for AVX-512's several tokens (linear_avx512.h) a token after another: fp32 values [num_units, V, 32], or digits [num_digit_units, V, D, 32]
-  // with the scale of each block, and scale times the sum of its quotients.
+  // Laid out by the table's `prepare`; but for AVX-512's several tokens (linear_avx512.h) a token after another: fp32
+  // values [num_units, V, 32], or digits [num_digit_units, V, D, 32] with the scale of each block, and scale times the
+  // sum of its quotients.
   float* x_values;
   std::int8_t* x_digits;
   float* x_scale;  // [tokens, num_blocks]
