@@ -8,7 +8,7 @@ from epic_quant.quant import quantizer
 
 
 @pytest.fixture(scope="session")
-def moments_for(run, tmp_path_factory):
-    """`moments_for(*specs)`: the calibration moments, gathered when a spec with +gptq first needs them; else none."""
-    gathered = cache(lambda: run.moments(tmp_path_factory.mktemp("moments")))
+def hessians_for(run, tmp_path_factory):
+    """`hessians_for(*specs)`: the calibration Hessians, gathered when a spec with +gptq first needs them; else none."""
+    gathered = cache(lambda: run.hessians(tmp_path_factory.mktemp("hessians")))
     return lambda *specs: gathered() if any(quantizer(spec).gptq for spec in specs) else {}

@@ -62,7 +62,7 @@ def block_inputs(run):
 
 
 @pytest.fixture(scope="session")
-def block_weights(run, block_inputs, moments_for):
+def block_weights(run, block_inputs, hessians_for):
     """A block's weights as they are stored, kept for the tests of one policy after another."""
     latest = {}
 
@@ -70,7 +70,7 @@ def block_weights(run, block_inputs, moments_for):
         key = (policy, layer_type)
         if key not in latest:
             latest.clear()
-            weights = policy.weights(run.checkpoint, moments_for(*policy.all_specs))
+            weights = policy.weights(run.checkpoint, hessians_for(*policy.all_specs))
             latest[key] = weights.layer(block_inputs[layer_type].spec.index)
         return latest[key]
 

@@ -37,7 +37,7 @@ def text_config(model, run):
 def test_as_published(model, text_config, policy, record, benchmark):
     """The original's own sum of parts; on E4B its four rows come out to the published digit."""
     parts = footprint.as_published(policy, text_config)
-    details = {"parts": parts, "dead_nbytes": footprint.dead_nbytes(text_config)}
+    details = {"parts": parts, "unused_nbytes": footprint.unused_nbytes(text_config)}
     if model == "E4B" and policy.name in PUBLISHED_NAMES:
         row = PUBLISHED[PUBLISHED_NAMES[policy.name]]
         details["published"] = {part: row[f"{part}_MB"] for part in PARTS}
@@ -53,6 +53,6 @@ def test_resident(model, text_config, policy, run, record, benchmark):
     context = run.options.context
     parts = footprint.resident(policy, text_config, context)
     labels = {"policy": policy.name, "model": model, "column": "resident"}
-    details = {"parts": parts, "dead_nbytes": footprint.dead_nbytes(text_config)}
+    details = {"parts": parts, "unused_nbytes": footprint.unused_nbytes(text_config)}
     record("footprint", labels, {"nbytes": sum(parts.values())}, details)
     benchmark.pedantic(footprint.resident, (policy, text_config, context))

@@ -22,7 +22,7 @@ from epic_quant.quant import linear, quantizer
 E4B = TextConfig.from_json(
     json.loads((Path(__file__).parent / "facts" / "gemma-4-E4B.config.json").read_text(encoding="utf-8"))
 )
-SLIDING_LAYER = next(spec for spec in E4B.layers if spec.layer_type == SLIDING and spec.owns_kv)
+SLIDING_LAYER = next(spec for spec in E4B.layers if spec.layer_type == SLIDING and spec.is_kv_source)
 LAYER_TENSORS = [tensor for tensor in expected_tensors(E4B) if tensor.layer == SLIDING_LAYER.index]
 SHAPES = {tensor.local_name.removesuffix(".weight"): tensor.shape for tensor in LAYER_TENSORS if len(tensor.shape) == 2}
 # Larger than the last cache of the machines at hand.

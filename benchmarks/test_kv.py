@@ -86,8 +86,8 @@ def divergences(run, window, captured):
     return measure
 
 
-def first_owner(config, layer_type):
-    return next(spec for spec in config.layers if spec.owns_kv and spec.layer_type == layer_type)
+def first_kv_source(config, layer_type):
+    return next(spec for spec in config.layers if spec.is_kv_source and spec.layer_type == layer_type)
 
 
 def seconds(call):
@@ -139,7 +139,7 @@ def times_of(cache, k, v):
 @pytest.mark.parametrize("layer_type", [SLIDING, FULL])
 def test_kv(kv_policy, layer_type, run, captured, errors, record, benchmark):
     """Errors of all layers of a type; then one layer's append and read in bf16, in turn with dense tensors."""
-    spec = first_owner(run.config, layer_type)
+    spec = first_kv_source(run.config, layer_type)
     k, v = (kept[spec.index].bfloat16() for kept in (captured.keys, captured.values))
     tokens = k.shape[1]
     kept = min(tokens, spec.sliding_window or tokens)
@@ -187,7 +187,7 @@ def test_divergence(kv_policy, kv_context, run, captured, divergences, record, b
     details = {"tokens": len(divergence), "kl_se": float(divergence.std() / len(divergence) ** 0.5)}
     labels = {"kv_policy": kv_policy.name, "context": str(kv_context)}
     record("kv_divergence", labels, metrics, details)
-    layer = first_owner(run.config, FULL).index
+    layer = first_kv_source(run.config, FULL).index
     stored = KVCache(run.config, kv_policy)
     stored.append(layer, captured.keys[layer][:, :kv_context], captured.values[layer][:, :kv_context])
     benchmark.pedantic(lambda: (stored.keys(layer), stored.values(layer)), rounds=3)
@@ -208,7 +208,7 @@ def published():
     figures = {f"{SLIDING}_claimed": PUBLISHED["sliding_ratio_claimed"]}
     figures |= {f"{FULL}_claimed": PUBLISHED["full_ratio_claimed"]}
     for layer_type, (rotated_bits, other_bits) in ORIGINAL_BITS.items():
-        spec = first_owner(E4B, layer_type)
+        spec = first_kv_source(E4B, layer_type)
         rotated = len(rotated_dims(spec))
         bits = rotated * rotated_bits + (spec.head_dim - rotated) * other_bits
         figures[f"{layer_type}_arithmetic"] = 16 * spec.head_dim / bits
@@ -218,7 +218,7 @@ def published():
 @pytest.mark.parametrize("tokens", LENGTHS)
 @pytest.mark.parametrize("model", ["this checkpoint", "E4B"])
 def test_bytes(kv_policy, model, tokens, run, record, benchmark):
-    """Bytes of the whole cache from a config alone, owners only, beside what counting all layers would say."""
+    """Bytes of the whole cache from a config alone, kv_sources only, beside what counting all layers would say."""
     config = E4B if model == "E4B" else run.config
     if tokens > config.max_position_embeddings:
         pytest.skip(f"the model takes {config.max_position_embeddings} tokens")

@@ -384,7 +384,7 @@ GUARD_TOKENS = 256
 
 
 def guarded_pairs(config):
-    """Every guarded class with each spec of the ladder and of the run's policies, but for those that need moments."""
+    """Every guarded class with each spec of the ladder and of the run's policies, but for those that need Hessians."""
     policies = [*NAMED.values(), *map(Policy.parse, config.getoption("policy"))]
     said = [(part, policy.specs[part]) for policy in policies for part in GUARDED]
     pairs = dict.fromkeys([*((part, spec) for part in GUARDED for spec in GUARD_SPECS), *said])

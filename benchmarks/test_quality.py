@@ -33,19 +33,19 @@ KEPT = {"in bf16": (KV_CACHE,), "chosen": ()}
 
 
 @pytest.fixture(scope="session")
-def evaluated(run, pytestconfig, moments_for):
+def evaluated(run, pytestconfig, hessians_for):
     """`evaluated(name, variants, windows)`: the plan on the terminal, then all of them under a progress bar."""
     capture = pytestconfig.pluginmanager.getplugin("capturemanager")
 
     def evaluate(name, variants, windows):
-        moments = moments_for(*{spec for variant in variants.values() for spec in specs_of(variant)})
+        hessians = hessians_for(*{spec for variant in variants.values() for spec in specs_of(variant)})
         with capture.global_and_fixture_disabled():
             print("", *run.plan_of(name, variants, len(windows)), sep="\n", flush=True)
             return measure(
                 run.checkpoint,
                 variants,
                 windows,
-                moments=moments,
+                hessians=hessians,
                 memory_nbytes=run.memory_nbytes,
                 resume=run.resume_file(name),
                 progress=None,
@@ -118,7 +118,7 @@ def record_quality(run, record, benchmark):
         metrics |= {
             "resident_nbytes": sum(parts.values()),
             "nbytes": sum(
-                footprint.tensor_nbytes(policy, tensor) for tensor in expected_tensors(run.config) if not tensor.dead
+                footprint.tensor_nbytes(policy, tensor) for tensor in expected_tensors(run.config) if not tensor.unused
             ),
         }
         details = (details or {}) | {"policy": str(policy), "parts": parts, "num_tokens": num_tokens}
@@ -135,7 +135,7 @@ def resident(run, policy):
 def test_quality(policy, run, qualities, record_quality):
     """Every policy against the checkpoint's own weights in fp32."""
     if policy.name not in run.evaluated:
-        pytest.skip("no --moments given, and gathering them on a checkpoint over 1 GB is a run of its own")
+        pytest.skip("no --hessians given, and gathering them on a checkpoint over 1 GB is a run of its own")
     record_quality(policy.name, policy, qualities, policy.name)
 
 
@@ -145,20 +145,20 @@ def test_noise_floor(qualities, record_quality):
 
 
 @pytest.mark.parametrize("text", [EVALUATION, CALIBRATION])
-def test_sensitivity(change_name, text, run, sensitivities, record, benchmark):
+def test_sensitivity(ablation_name, text, run, sensitivities, record, benchmark):
     """One class, or the KV cache, quantized alone; on the text that is judged on, and on the one recipes are fitted to.
 
     Bytes saved are those against bf16, of the whole class, a table's rows on disk included.
     """
-    made = sensitivity_record(run, sensitivities, run.changes[change_name], text)
+    made = sensitivity_record(run, sensitivities, run.changes[ablation_name], text)
     assert math.isfinite(made.metrics["kl_divergence"])
     record(made.subject, made.labels, made.metrics, made.details)
-    benchmark.pedantic(tokens_of(run, sensitivities, change_name, text).quality)
+    benchmark.pedantic(tokens_of(run, sensitivities, ablation_name, text).quality)
 
 
-def tokens_of(run, sensitivities, change_name, text):
+def tokens_of(run, sensitivities, ablation_name, text):
     half = run.num_windows
-    return sensitivities.tokens[change_name].windows(slice(half) if text == EVALUATION else slice(half, None))
+    return sensitivities.tokens[ablation_name].windows(slice(half) if text == EVALUATION else slice(half, None))
 
 
 def sensitivity_record(run, sensitivities, change, text):

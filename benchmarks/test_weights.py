@@ -33,23 +33,23 @@ def class_tensors(run):
 
 
 @pytest.fixture(scope="session")
-def errors(class_tensors, moments_for):
+def errors(class_tensors, hessians_for):
     """Error and bytes of a class under a spec for each of its tensors, found once for all policies that agree."""
     found = {}
 
     def measure(specs, tensor_class):
         if (specs, tensor_class) not in found:
-            found[specs, tensor_class] = _measure(specs, class_tensors(tensor_class), moments_for(*set(specs)))
+            found[specs, tensor_class] = _measure(specs, class_tensors(tensor_class), hessians_for(*set(specs)))
         return found[specs, tensor_class]
 
     return measure
 
 
-def _measure(specs, tensors, moments):
+def _measure(specs, tensors, hessians):
     error = norm = nbytes = weights = 0
     by_tensor = {}
     for spec, (name, weight) in zip(specs, tensors, strict=True):
-        quantized = quantizer(spec).quantize(weight, moments.get(name))
+        quantized = quantizer(spec).quantize(weight, hessians.get(name))
         tensor_error = squared_norm(quantized.dequantize() - weight.float())
         tensor_norm = squared_norm(weight)
         by_tensor[name] = relative(tensor_error, tensor_norm)
@@ -67,7 +67,7 @@ def timed_weight(class_tensors, tensor_class):
 
 
 @pytest.mark.parametrize("op", ["quantize", "dequantize"])
-def test_weights(op, policy, tensor_class, run, errors, moments_for, timed_weight, record, benchmark):
+def test_weights(op, policy, tensor_class, run, errors, hessians_for, timed_weight, record, benchmark):
     """Relative L2 over every tensor of the class in every layer; then one tensor's conversion is timed."""
     specs = tuple(policy.spec_of(tensor) for tensor in run.tensors_of(TensorClass(tensor_class)))
     metrics, details = errors(specs, TensorClass(tensor_class))
@@ -78,7 +78,7 @@ def test_weights(op, policy, tensor_class, run, errors, moments_for, timed_weigh
     labels = {"policy": policy.name, "tensor_class": tensor_class, "spec": ", ".join(dict.fromkeys(specs)), "op": op}
     record("weights", labels, metrics, details if op == "quantize" else {})
     scheme = quantizer(specs[0])
-    timed = partial(scheme.quantize, weight, moments_for(specs[0]).get(name))
+    timed = partial(scheme.quantize, weight, hessians_for(specs[0]).get(name))
     if op == "dequantize":
         timed = partial(timed().dequantize, torch.bfloat16)
     benchmark.pedantic(timed, rounds=3, warmup_rounds=1)
@@ -108,14 +108,14 @@ LADDER = (
     "int6-g128",
     "int8-g128",
 )
-# What a linear layer multiplies; the two tables are looked up, so they have no moments.
+# What a linear layer multiplies; the two tables are looked up, so they have no Hessians.
 MULTIPLIED = tuple(part for part in TensorClass if part not in (TensorClass.PLE_TABLE, TensorClass.EMBEDDING))
 
 
 @pytest.fixture(scope="session")
-def evaluation_moments(run, tmp_path_factory):
+def evaluation_hessians(run, tmp_path_factory):
     """What the output error is judged with."""
-    return run.evaluation_moments(tmp_path_factory.mktemp("moments"))
+    return run.evaluation_hessians(tmp_path_factory.mktemp("hessians"))
 
 
 @pytest.fixture(scope="session")
@@ -135,7 +135,7 @@ E4B_CONFIG = Path(__file__).parent / "facts" / "gemma-4-E4B.config.json"
 E4B_WEIGHTS = sum(
     math.prod(tensor.shape)
     for tensor in expected_tensors(TextConfig.from_json(json.loads(E4B_CONFIG.read_text(encoding="utf-8"))))
-    if tensor.tensor_class in MULTIPLIED and not tensor.dead
+    if tensor.tensor_class in MULTIPLIED and not tensor.unused
 )
 
 
@@ -150,7 +150,9 @@ def gaussian(shape):
 
 @pytest.mark.parametrize("tensor_class", TensorClass)
 @pytest.mark.parametrize("spec", LADDER)
-def test_ladder(spec, tensor_class, run, class_tensors, shapes_of, moments_for, evaluation_moments, record, benchmark):
+def test_ladder(
+    spec, tensor_class, run, class_tensors, shapes_of, hessians_for, evaluation_hessians, record, benchmark
+):
     """One rung: error of the weights and of the output on real activations, and the distance to the limits."""
     scheme = quantizer(spec)
     if scheme.gptq and tensor_class not in MULTIPLIED:
@@ -158,19 +160,19 @@ def test_ladder(spec, tensor_class, run, class_tensors, shapes_of, moments_for, 
     cols = run.tensors_of(tensor_class)[0].shape[1]
     if not scheme.fits(cols):
         pytest.skip(f"a group of {scheme.group_size} does not divide rows of {cols}")
-    moments = moments_for(spec)
-    if scheme.gptq and not moments:
-        pytest.skip("no --moments given, and gathering them on a checkpoint over 1 GB is a run of its own")
+    hessians = hessians_for(spec)
+    if scheme.gptq and not hessians:
+        pytest.skip("no --hessians given, and gathering them on a checkpoint over 1 GB is a run of its own")
 
-    evaluated = evaluation_moments is not None and tensor_class in MULTIPLIED
+    evaluated = evaluation_hessians is not None and tensor_class in MULTIPLIED
     error = norm = output_error = output_norm = nbytes = weights = 0
     for name, weight in class_tensors(tensor_class):
-        quantized = scheme.quantize(weight, moments.get(name))
+        quantized = scheme.quantize(weight, hessians.get(name))
         decoded = quantized.dequantize()
         error, norm = error + squared_norm(decoded - weight.float()), norm + squared_norm(weight)
         nbytes, weights = nbytes + quantized.nbytes, weights + weight.numel()
         if evaluated:
-            judged = evaluation_moments[name]
+            judged = evaluation_hessians[name]
             output_error += squared_output_norm(decoded - weight.float(), judged)
             output_norm += squared_output_norm(weight, judged)
 
@@ -190,7 +192,7 @@ def test_ladder(spec, tensor_class, run, class_tensors, shapes_of, moments_for, 
     }
     assert math.isfinite(rel_l2)
     record("ladder", {"spec": spec, "tensor_class": tensor_class}, metrics)
-    benchmark.pedantic(scheme.quantize, (weight, moments.get(name)))
+    benchmark.pedantic(scheme.quantize, (weight, hessians.get(name)))
 
 
 # What each distribution's values are made of, seeded: [rows, cols] at unit variance.

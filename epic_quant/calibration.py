@@ -1,7 +1,7 @@
-"""Second moments of every linear layer's inputs, gathered in one streamed pass over a text and kept in a file.
+"""Hessians of every linear layer's inputs, gathered in one streamed pass over a text and kept in a file.
 
-They are what error feedback (`+gptq`) fits a weight to; gathered on the evaluation text they give, exactly, the output
-error that a quantized weight makes on it.
+They are what error compensation (`+gptq`) fits a weight to; gathered on the evaluation text they give, exactly, the
+output error that a quantized weight makes on it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from epic_quant.gemma4.weights import CheckpointWeights
 from epic_quant.quant import Weight
 from epic_quant.text import token_windows
 
-# Weights that multiply the same input: the moments stand in the file once, under the second name.
+# Weights that multiply the same input: the Hessians stand in the file once, under the second name.
 _SHARED_INPUTS = {
     "self_attn.k_proj": "self_attn.q_proj",
     "self_attn.v_proj": "self_attn.q_proj",
@@ -36,8 +36,8 @@ _SHARED_INPUTS = {
 _MODEL_PROJECTION = "per_layer_model_projection.weight"
 
 
-class Moments(Mapping[str, Tensor]):
-    """A file of second moments: canonical tensor name to fp32 [cols, cols], the mean of x xᵀ over the inputs x.
+class Hessians(Mapping[str, Tensor]):
+    """A file of Hessians: canonical tensor name to fp32 [cols, cols], the mean of x xᵀ over the inputs x.
 
     Read lazily. Raises CheckpointError where the file is not there, is none of ours, or is of another checkpoint.
     """
@@ -46,13 +46,13 @@ class Moments(Mapping[str, Tensor]):
         try:
             self._file = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: not a file of moments: {error}") from error
+            raise CheckpointError(f"{path}: not a file of Hessians: {error}") from error
         facts = self._file.metadata() or {}
         if "text_sha256" not in facts or "checkpoint" not in facts:
-            raise CheckpointError(f"{path}: not a file of moments: it names no checkpoint and no text")
+            raise CheckpointError(f"{path}: not a file of Hessians: it names no checkpoint and no text")
         if facts["checkpoint"] != checkpoint.fingerprint:
             raise CheckpointError(
-                f"{path}: moments of checkpoint {facts['checkpoint']}, "
+                f"{path}: hessians of checkpoint {facts['checkpoint']}, "
                 f"but {checkpoint.source} is {checkpoint.fingerprint}"
             )
         self.text_sha256 = facts["text_sha256"]
@@ -63,8 +63,8 @@ class Moments(Mapping[str, Tensor]):
         stored = _stored_name(name)
         if stored not in self._stored:
             raise KeyError(name)
-        moments: Tensor = self._file.get_tensor(stored)
-        return moments
+        hessians: Tensor = self._file.get_tensor(stored)
+        return hessians
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and _stored_name(name) in self._stored
@@ -76,11 +76,11 @@ class Moments(Mapping[str, Tensor]):
         return len(self._stored)
 
 
-def gather(checkpoint: Checkpoint, text: Path, windows: Tensor, path: Path, *, progress: bool = False) -> Moments:
-    """Run `windows` [n, tokens] of `text` through the checkpoint in fp32, a layer at a time, and write their moments.
+def gather(checkpoint: Checkpoint, text: Path, windows: Tensor, path: Path, *, progress: bool = False) -> Hessians:
+    """Run `windows` [n, tokens] of `text` through the checkpoint in fp32, a layer at a time, and write their Hessians.
 
-    Only one layer's moments are held at a time. The file takes 4 bytes times the square of the columns of each distinct
-    input: 21 GB for E4B's shapes. It is written beside its place and renamed.
+    Only one layer's Hessians are held at a time. The file takes 4 bytes times the square of the columns of each
+    distinct input: 21 GB for E4B's shapes. It is written beside its place and renamed.
     """
     weights = CheckpointWeights(checkpoint)
     sizes = _stored_sizes(weights)
@@ -93,14 +93,14 @@ def gather(checkpoint: Checkpoint, text: Path, windows: Tensor, path: Path, *, p
     try:
         with unfinished.open("wb") as file:
             file.write(_header(sizes, facts))
-            for moments in tqdm(_streamed(weights, windows), total=len(sizes), unit="tensor", disable=not progress):
-                file.write(moments.numpy().tobytes())
+            for hessians in tqdm(_streamed(weights, windows), total=len(sizes), unit="tensor", disable=not progress):
+                file.write(hessians.numpy().tobytes())
         unfinished.replace(path)
     except OSError as error:
-        raise CheckpointError(f"{path}: the moments cannot be written: {error}") from error
+        raise CheckpointError(f"{path}: the Hessians cannot be written: {error}") from error
     finally:
         unfinished.unlink(missing_ok=True)
-    return Moments(path, checkpoint)
+    return Hessians(path, checkpoint)
 
 
 def text_sha256(path: Path) -> str:
@@ -116,7 +116,7 @@ def _stored_name(name: str) -> str:
 
 def _stored_sizes(weights: CheckpointWeights) -> dict[str, int]:
     """The file's tensors in their order, with the columns of each: the model projection, then layer by layer."""
-    matrices = [t for t in weights.tensors.values() if len(t.shape) == 2 and not t.dead]
+    matrices = [t for t in weights.tensors.values() if len(t.shape) == 2 and not t.unused]
     layers = {t.name: t.shape[1] for t in matrices if t.layer is not None and _stored_name(t.name) == t.name}
     globals_ = {t.name: t.shape[1] for t in matrices if t.name == _MODEL_PROJECTION}
     return globals_ | layers
@@ -136,7 +136,7 @@ def _header(sizes: Mapping[str, int], facts: Mapping[str, str]) -> bytes:
 
 @torch.inference_mode()
 def _streamed(weights: CheckpointWeights, windows: Tensor) -> Iterator[Tensor]:
-    """The moments in the order of `_stored_sizes`, each fp32 [cols, cols]."""
+    """The Hessians in the order of `_stored_sizes`, each fp32 [cols, cols]."""
     runs = [begin(weights, window[None]) for window in windows]
     hidden, forwards = [run[0] for run in runs], [run[1] for run in runs]
     tokens = windows.numel()
@@ -172,19 +172,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = command_line.parser(
         "calibration",
-        "Gather the second moments of every linear layer's inputs, for specs with +gptq.",
+        "Gather the Hessians of every linear layer's inputs, for specs with +gptq.",
         [
-            "python -m epic_quant.calibration path/to/gemma-4-E4B --text calibration.txt --out moments.safetensors",
-            "pytest benchmarks --checkpoint path/to/gemma-4-E4B --moments moments.safetensors --benchmark-json "
+            "python -m epic_quant.calibration path/to/gemma-4-E4B --text calibration.txt --out hessians.safetensors",
+            "pytest benchmarks --checkpoint path/to/gemma-4-E4B --hessians hessians.safetensors --benchmark-json "
             "out.json",
         ],
-        "0; 2 where the checkpoint or the text cannot be read, or the moments not be written.",
+        "0; 2 where the checkpoint or the text cannot be read, or the Hessians not be written.",
     )
     parser.add_argument("source", help="a .safetensors file, a folder, or a hub id in the local cache")
     parser.add_argument(
         "--text", type=Path, required=True, metavar="FILE", help="calibration text, never the one judged on"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file of moments to write")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file of Hessians to write")
     parser.add_argument("--windows", type=int, default=32, metavar="N", help="windows of the text (32)")
     parser.add_argument("--window-tokens", type=int, default=512, metavar="N", help="tokens of each (512)")
     parser.add_argument("--config", metavar="FILE", help="config.json, where it is not beside the checkpoint")

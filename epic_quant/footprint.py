@@ -31,7 +31,7 @@ PUBLISHED_PARTS = {
 def row_nbytes(spec: str, cols: int) -> float:
     """Bytes a row of `cols` weights takes under `spec`, from rows of Gaussian noise really quantized.
 
-    Error feedback (`+gptq`) changes which codes are stored, not how, so it is left out of the probe.
+    Error compensation (`+gptq`) changes which codes are stored, not how, so it is left out of the probe.
     """
     weight = torch.randn(_PROBE_ROWS, cols, generator=torch.Generator().manual_seed(0)).bfloat16()
     return quantizer(spec.removesuffix("+gptq")).quantize(weight).nbytes / _PROBE_ROWS
@@ -63,7 +63,7 @@ def resident(policy: Policy, config: TextConfig, context: int) -> dict[str, int]
 def as_published(policy: Policy, config: TextConfig) -> dict[str, int]:
     """The parts that the original's table counts, bytes by part.
 
-    It counts the dead K and V projections and the rows of the PLE cache, and leaves out the embedding, the PLE model
+    It counts the unused K and V projections and the rows of the PLE cache, and leaves out the embedding, the PLE model
     projection, the norms and the KV cache.
     """
     parts: dict[str, int] = {}
@@ -76,14 +76,14 @@ def as_published(policy: Policy, config: TextConfig) -> dict[str, int]:
     return parts | {"ple_hot": round(hot)}
 
 
-def dead_nbytes(config: TextConfig) -> int:
+def unused_nbytes(config: TextConfig) -> int:
     """Bytes, in bf16, of the K and V tensors that a file may carry for layers that never use them."""
     return sum(
         torch.empty(tensor.shape, dtype=torch.bfloat16, device="meta").nbytes
         for tensor in expected_tensors(config)
-        if tensor.dead
+        if tensor.unused
     )
 
 
 def _live(tensors: Iterable[TextTensor]) -> Iterable[TextTensor]:
-    return (tensor for tensor in tensors if not tensor.dead)
+    return (tensor for tensor in tensors if not tensor.unused)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 
 from epic_quant import command_line
-from epic_quant.layers import format_layers
+from epic_quant.spec.layers import format_layers
 
 if TYPE_CHECKING:
     from epic_quant.checkpoint import Checkpoint
@@ -72,8 +72,8 @@ def _part(tensor: TextTensor | None) -> str:
     """The line of the table that a tensor is counted in."""
     if tensor is None:
         return "not text"
-    if tensor.dead:
-        return "dead"
+    if tensor.unused:
+        return "unused"
     return "norms and scalars" if tensor.tensor_class is None else tensor.tensor_class.value
 
 
@@ -96,16 +96,16 @@ def _layers(config: TextConfig) -> Iterator[str]:
         layers = [layer for layer in config.layers if layer.layer_type == layer_type]
         first = layers[0]
         window = "" if first.sliding_window is None else f", window {first.sliding_window}"
-        owners = [layer.index for layer in layers if layer.owns_kv]
-        sharers = [layer.index for layer in layers if not layer.owns_kv]
+        kv_sources = [layer.index for layer in layers if layer.is_kv_source]
+        sharers = [layer.index for layer in layers if not layer.is_kv_source]
         yield (
             f"{layer_type}: {len(layers)} layers, {first.num_heads} query and {first.num_kv_heads} KV heads "
             f"of {first.head_dim}{window}"
         )
         yield f"  layers {_ranges([layer.index for layer in layers])}"
-        yield f"  K and V owned by {_ranges(owners)}"
+        yield f"  K and V owned by {_ranges(kv_sources)}"
         if sharers:
-            sources = sorted({layer.kv_source for layer in layers if not layer.owns_kv})
+            sources = sorted({layer.kv_source for layer in layers if not layer.is_kv_source})
             yield f"  shared by {_ranges(sharers)}, which read layer {_ranges(sources)}'s"
 
 

@@ -25,13 +25,13 @@ def relative_l2(actual: Tensor, expected: Tensor) -> float:
     return relative(squared_norm(actual.double() - expected.double()), squared_norm(expected))
 
 
-def squared_output_norm(weight: Tensor, moments: Tensor) -> float:
-    """‖XWᵀ‖² / n of a weight [rows, cols] on n inputs X, from their second moments E = XᵀX / n, [cols, cols].
+def squared_output_norm(weight: Tensor, hessian: Tensor) -> float:
+    """‖XWᵀ‖² / n of a weight [rows, cols] on n inputs X, from their Hessians E = XᵀX / n, [cols, cols].
 
-    It is tr(W E Wᵀ), so it is exact for the inputs that the moments were gathered from.
+    It is tr(W E Wᵀ), so it is exact for the inputs that the hessian were gathered from.
     """
     weight = weight.double()
-    return max(0.0, float(((weight @ moments.double()) * weight).sum()))
+    return max(0.0, float(((weight @ hessian.double()) * weight).sum()))
 
 
 def kurtosis(x: Tensor) -> float:

@@ -34,7 +34,7 @@ def sampled_shape(tensor: TextTensor, sampled_rows: int | None) -> tuple[int, in
 
 def plan(checkpoint: Checkpoint, config: TextConfig, policies: Iterable[Policy], sampled_rows: int | None) -> list[str]:
     """Lines for people: weights to quantize for each scheme and how long that takes, RAM, disk."""
-    matrices = [tensor for tensor in expected_tensors(config) if tensor.tensor_class is not None and not tensor.dead]
+    matrices = [tensor for tensor in expected_tensors(config) if tensor.tensor_class is not None and not tensor.unused]
     quantized = {(policy.spec_of(tensor), tensor) for policy in policies for tensor in matrices}
     pairs = {(spec, tensor.tensor_class) for spec, tensor in quantized if spec != UNQUANTIZED}
     lines, total_s = [], 0.0

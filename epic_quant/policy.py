@@ -14,9 +14,9 @@ from epic_quant.gemma4.config import TextConfig
 from epic_quant.gemma4.tensors import TensorClass, TextTensor, expected_tensors
 from epic_quant.gemma4.weights import CheckpointWeights
 from epic_quant.kv import KVPolicy
-from epic_quant.layers import format_layers, parse_layers
 from epic_quant.ple import PLEPolicy
 from epic_quant.quant import Weight, quantizer
+from epic_quant.spec.layers import format_layers, parse_layers
 
 UNQUANTIZED = "bf16"
 
@@ -133,9 +133,9 @@ class Policy:
             if (tensor_class, layer) not in there:
                 raise SpecError(f"{tensor_class}@{layer}: of {config.num_layers} layers there is none such")
 
-    def weights(self, checkpoint: Checkpoint, moments: Mapping[str, Tensor] | None = None) -> PolicyWeights:
-        """The checkpoint's weights under this policy; `moments` by canonical tensor name, for specs with `+gptq`."""
-        return PolicyWeights(self, checkpoint, moments)
+    def weights(self, checkpoint: Checkpoint, hessians: Mapping[str, Tensor] | None = None) -> PolicyWeights:
+        """The checkpoint's weights under this policy; `hessians` by canonical tensor name, for specs with `+gptq`."""
+        return PolicyWeights(self, checkpoint, hessians)
 
 
 class PolicyWeights:
@@ -144,11 +144,11 @@ class PolicyWeights:
     Nothing is held: a layer is read and quantized when it is asked for, rows of a table alike.
     """
 
-    def __init__(self, policy: Policy, checkpoint: Checkpoint, moments: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, policy: Policy, checkpoint: Checkpoint, hessians: Mapping[str, Tensor] | None = None) -> None:
         self._plain = CheckpointWeights(checkpoint)
         policy.check(self._plain.config)
         self._policy = policy
-        self._moments = moments or {}
+        self._hessians = hessians or {}
 
     @property
     def config(self) -> TextConfig:
@@ -177,7 +177,7 @@ class PolicyWeights:
         if spec == UNQUANTIZED or not isinstance(weight, Tensor):
             return weight
         try:
-            return quantizer(spec).quantize(weight, self._moments.get(tensor.name))
+            return quantizer(spec).quantize(weight, self._hessians.get(tensor.name))
         except QuantizationError as error:
             raise QuantizationError(f"{tensor.name}: {error}") from error
 

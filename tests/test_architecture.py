@@ -15,7 +15,7 @@ FLOORS = {
     "command_line": 1,
     "metrics": 1,
     "kernels": 1,
-    "layers": 1,
+    "spec": 1,
     "machine": 2,
     "results": 2,
     "quant": 2,
@@ -94,7 +94,7 @@ def test_the_report_and_the_recipe_stand_on_the_lowest_rooms_alone():
         for name in imported(path)
         if name.startswith("epic_quant.") and room(name) != room(dotted(path))
     }
-    assert inside == {"command_line", "errors", "layers", "records", "results", "units"}
+    assert inside == {"command_line", "errors", "records", "results", "spec", "units"}
 
 
 def test_every_room_has_a_floor():

@@ -1,4 +1,4 @@
-"""Second moments against those of the inputs that `transformers` itself computes."""
+"""Hessians against those of the inputs that `transformers` itself computes."""
 
 import argparse
 import hashlib
@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from epic_quant.calibration import Moments, gather, main
+from epic_quant.calibration import Hessians, gather, main
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import CheckpointError, TokenError
 from epic_quant.metrics import squared_output_norm
@@ -24,11 +24,11 @@ def text(tmp_path):
 
 
 @pytest.fixture
-def moments(toy_checkpoint, text, tmp_path):
-    return gather(toy_checkpoint, text, WINDOWS, tmp_path / "moments.safetensors")
+def hessians(toy_checkpoint, text, tmp_path):
+    return gather(toy_checkpoint, text, WINDOWS, tmp_path / "hessians.safetensors")
 
 
-def test_moments_are_those_of_the_inputs_in_transformers(moments, reference):
+def test_hessians_are_those_of_the_inputs_in_transformers(hessians, reference):
     """Every linear layer's input is caught by a hook in the other implementation."""
     model = reference("e4b", torch.float32)
     seen = {}
@@ -43,61 +43,61 @@ def test_moments_are_those_of_the_inputs_in_transformers(moments, reference):
     assert len(seen) > 60
     for name, x in seen.items():
         x = x.flatten(0, -2).double()
-        torch.testing.assert_close(moments[f"{name}.weight"].double(), x.T @ x / len(x), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(hessians[f"{name}.weight"].double(), x.T @ x / len(x), rtol=1e-3, atol=1e-5)
 
 
-def test_the_output_error_from_moments_is_that_of_the_inputs():
+def test_the_output_error_from_hessians_is_that_of_the_inputs():
     rng = torch.Generator().manual_seed(0)
     x, weight = torch.randn(50, 8, generator=rng).double(), torch.randn(3, 8, generator=rng)
     direct = (x @ weight.double().T).square().sum() / len(x)
     assert squared_output_norm(weight, x.T @ x / len(x)) == pytest.approx(float(direct), rel=1e-10)
 
 
-def test_the_file_names_the_checkpoint_and_the_text(moments, toy_checkpoint, text, tmp_path):
-    assert moments.text_sha256 == hashlib.sha256(text.read_bytes()).hexdigest()
-    assert moments.num_tokens == WINDOWS.numel()
-    stored = load_file(tmp_path / "moments.safetensors")
-    assert set(stored) == set(moments)
-    assert len(stored) == len(moments)
-    assert all(torch.equal(moments[name], tensor) for name, tensor in stored.items())
+def test_the_file_names_the_checkpoint_and_the_text(hessians, toy_checkpoint, text, tmp_path):
+    assert Hessians.text_sha256 == hashlib.sha256(text.read_bytes()).hexdigest()
+    assert hessians.num_tokens == WINDOWS.numel()
+    stored = load_file(tmp_path / "hessians.safetensors")
+    assert set(stored) == set(hessians)
+    assert len(stored) == len(hessians)
+    assert all(torch.equal(hessians[name], tensor) for name, tensor in stored.items())
 
 
-def test_weights_with_one_input_share_their_moments(moments):
-    q, k, v = (moments[f"layers.0.self_attn.{name}_proj.weight"] for name in "qkv")
+def test_weights_with_one_input_share_their_hessians(hessians):
+    q, k, v = (hessians[f"layers.0.self_attn.{name}_proj.weight"] for name in "qkv")
     assert torch.equal(q, k)
     assert torch.equal(q, v)
-    assert "layers.0.mlp.up_proj.weight" in moments
-    assert "layers.0.mlp.nothing.weight" not in moments
+    assert "layers.0.mlp.up_proj.weight" in hessians
+    assert "layers.0.mlp.nothing.weight" not in hessians
     with pytest.raises(KeyError):
-        moments["embed_tokens.weight"]
+        hessians["embed_tokens.weight"]
 
 
-def test_moments_of_another_checkpoint_are_refused(moments, toy, tmp_path):
-    with Checkpoint.open(toy("no_sharing")) as other, pytest.raises(CheckpointError, match="moments of checkpoint"):
-        Moments(tmp_path / "moments.safetensors", other)
+def test_hessians_of_another_checkpoint_are_refused(hessians, toy, tmp_path):
+    with Checkpoint.open(toy("no_sharing")) as other, pytest.raises(CheckpointError, match="hessians of checkpoint"):
+        Hessians(tmp_path / "hessians.safetensors", other)
 
 
-def test_a_file_that_holds_no_moments_is_refused(toy_checkpoint, tmp_path):
+def test_a_file_that_holds_no_hessians_is_refused(toy_checkpoint, tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match="not a file of moments: it names no checkpoint"):
-        Moments(tmp_path / "other.safetensors", toy_checkpoint)
-    with pytest.raises(CheckpointError, match="not a file of moments"):
-        Moments(tmp_path / "none.safetensors", toy_checkpoint)
+    with pytest.raises(CheckpointError, match="not a file of Hessians: it names no checkpoint"):
+        Hessians(tmp_path / "other.safetensors", toy_checkpoint)
+    with pytest.raises(CheckpointError, match="not a file of Hessians"):
+        Hessians(tmp_path / "none.safetensors", toy_checkpoint)
 
 
 def test_a_place_that_cannot_be_written_leaves_nothing(toy_checkpoint, text, tmp_path):
     with pytest.raises(CheckpointError, match="cannot be written"):
-        gather(toy_checkpoint, text, WINDOWS, tmp_path / "none" / "moments.safetensors")
+        gather(toy_checkpoint, text, WINDOWS, tmp_path / "none" / "hessians.safetensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["calibration.txt"]
 
 
 def test_the_command_line_says_what_is_wrong_in_one_line(toy, text, tmp_path, capsys):
     """The toy has no tokenizer."""
-    assert main([str(toy("e4b")), "--text", str(text), "--out", str(tmp_path / "moments")]) == 2
+    assert main([str(toy("e4b")), "--text", str(text), "--out", str(tmp_path / "hessians")]) == 2
     error = capsys.readouterr().err
     assert "no tokenizer.json" in error
     assert error.count("\n") == 1
-    assert not (tmp_path / "moments").exists()
+    assert not (tmp_path / "hessians").exists()
 
 
 def test_the_text_that_is_fitted_and_the_text_that_is_judged_are_not_one():
@@ -108,11 +108,11 @@ def test_the_text_that_is_fitted_and_the_text_that_is_judged_are_not_one():
     assert len(calibration & evaluation) < 0.01 * len(evaluation)
 
 
-def test_moments_of_the_evaluation_text_are_refused(pytestconfig, tmp_path):
+def test_hessians_of_the_evaluation_text_are_refused(pytestconfig, tmp_path):
     """Hashes of the two texts are compared, whatever the files are called."""
     copy = tmp_path / "calibration.txt"
     copy.write_bytes((DEFAULT_CHECKPOINT / "eval.txt").read_bytes())
     run = Run(pytestconfig.option)
-    run.options = argparse.Namespace(moments=None, calibration_text=copy, text=None)
+    run.options = argparse.Namespace(hessians=None, calibration_text=copy, text=None)
     with run.checkpoint, pytest.raises(TokenError, match="calibrated on the text that is judged on"):
-        run.moments(tmp_path)
+        run.hessians(tmp_path)

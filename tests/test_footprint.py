@@ -56,8 +56,8 @@ def test_resident_bytes_of_bf16_are_the_files_own(e4b):
         elements += count
     parts = footprint.resident(Policy.parse("ple=all"), e4b, 1)
     weights = sum(nbytes for part, nbytes in parts.items() if part != "kv_cache")
-    assert weights + footprint.dead_nbytes(e4b) == 2 * elements
-    assert footprint.dead_nbytes(e4b) == 110_111_232
+    assert weights + footprint.unused_nbytes(e4b) == 2 * elements
+    assert footprint.unused_nbytes(e4b) == 110_111_232
 
 
 @given(tokens=st.integers(1, 200_000))

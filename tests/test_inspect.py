@@ -27,7 +27,7 @@ def test_e4b_from_its_real_header(e4b_sparse_file, capsys):
     text = page(e4b_sparse_file, capsys)
     assert "2130 tensors" in text
     assert row(text, "ple_table") == (1, 262_144 * 10_752 * 2, "35.2%")
-    assert row(text, "dead") == (54, 110_111_232, "0.7%")
+    assert row(text, "unused") == (54, 110_111_232, "0.7%")
     # Of the text model 17 tensors a layer and 5 globals; the rest are the towers and what projects their output.
     assert row(text, "not text")[0] == 2130 - (42 * 17 + 5)
     assert "full_attention: 7 layers, 8 query and 2 KV heads of 512" in text

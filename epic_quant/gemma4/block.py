@@ -47,8 +47,8 @@ def decoder_block(
 
     `weights` are keyed by their name inside the layer; `ple` [B, S, ple_dim] is this layer's slice of the per-layer
     inputs (None where the model has none); `rope` is the table of the S tokens for this layer's type; `blocked` is
-    `model.attention_masks`' bool [S, all tokens so far] for it. An owner's K and V go through `kv`, a sharing layer
-    takes its source's from there, so that layer must have run before. `apply` is called for every matrix; give
+    `model.attention_masks`' bool [S, all tokens so far] for it. A KV source layer's K and V go through `kv`, a sharing
+    layer takes its source's from there, so that layer must have run before. `apply` is called for every matrix; give
     another one to see its inputs.
 
     The formula is `Gemma4TextDecoderLayer` of `transformers`: norms and softmax in fp32 whatever the dtype.
@@ -103,7 +103,7 @@ def _attention(x: Tensor, layer: _Layer, spec: LayerSpec, rope: RopeTable, block
         return layer.linear(x, name).view(batch, tokens, count, spec.head_dim).transpose(1, 2)
 
     q = rotate(layer.norm(heads("self_attn.q_proj", spec.num_heads), "self_attn.q_norm"), rope)
-    if spec.owns_kv:
+    if spec.is_kv_source:
         k = rotate(layer.norm(heads("self_attn.k_proj", spec.num_kv_heads), "self_attn.k_norm"), rope)
         v = rms_norm(heads("self_attn.v_proj", spec.num_kv_heads), None, layer.eps)
         k, v = kv.write(spec, k, v)  # [B, num_kv_heads, K, D]
@@ -112,13 +112,13 @@ def _attention(x: Tensor, layer: _Layer, spec: LayerSpec, rope: RopeTable, block
 
     blocked = blocked[:, -k.shape[-2] :]  # the K newest
     mixed = [
-        _mixed_values(q[:, :, queries], k[:, :, keys], v[:, :, keys], blocked[queries, keys])
+        _attention_output(q[:, :, queries], k[:, :, keys], v[:, :, keys], blocked[queries, keys])
         for queries, keys in query_blocks(spec, tokens, k.shape[-2])
     ]
     return layer.linear(torch.cat(mixed, dim=1), "self_attn.o_proj")
 
 
-def _mixed_values(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+def _attention_output(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
     """softmax(q Kᵀ) V: q [B, num_heads, S, D], k and v [B, num_kv_heads, K, D] -> [B, S, num_heads * D]."""
     batch, num_heads, tokens, head_dim = q.shape
     # Query heads that read one KV head stand together, so a group is one longer matrix and K need not be repeated.

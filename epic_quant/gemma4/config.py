@@ -29,7 +29,7 @@ class LayerSpec:
     kv_source: int  # the layer whose K and V this one reads; its own index where it owns them
 
     @property
-    def owns_kv(self) -> bool:
+    def is_kv_source(self) -> bool:
         """Whether the layer computes K and V of its own."""
         return self.kv_source == self.index
 
@@ -173,10 +173,10 @@ def _layers(text: _Fields) -> tuple[LayerSpec, ...]:
     if layer_types[-1] != FULL:  # `transformers` would silently make it one.
         raise ConfigError(f"the last layer is {layer_types[-1]!r}; expected {FULL!r}")
 
-    num_owners = num_layers - text.integer("num_kv_shared_layers", least=0)
+    num_kv_sources = num_layers - text.integer("num_kv_shared_layers", least=0)
     overrides = _overrides(text, layer_types)
     specs = tuple(
-        _layer(text, index, layer_type, _kv_source(index, layer_types, num_owners), overrides.get(index, {}))
+        _layer(text, index, layer_type, _kv_source(index, layer_types, num_kv_sources), overrides.get(index, {}))
         for index, layer_type in enumerate(layer_types)
     )
     # One set of RoPE frequencies serves all layers of a type, and so does a shared K.
@@ -225,13 +225,13 @@ def _rotary(rope: _Fields, head_dim: int, layer_type: str) -> tuple[int, float]:
     return int(proportion * head_dim // 2), rope.number("factor") if "factor" in rope else 1.0
 
 
-def _kv_source(index: int, layer_types: list[str], num_owners: int) -> int:
-    """An owner's own index; for a sharing layer the last owner of its type."""
-    if index < num_owners:
+def _kv_source(index: int, layer_types: list[str], num_kv_sources: int) -> int:
+    """A KV source layer's own index; for a sharing layer the last kv_source of its type."""
+    if index < num_kv_sources:
         return index
-    for owner in reversed(range(num_owners)):
-        if layer_types[owner] == layer_types[index]:
-            return owner
+    for kv_source in reversed(range(num_kv_sources)):
+        if layer_types[kv_source] == layer_types[index]:
+            return kv_source
     raise ConfigError(f"layer {index} shares the K and V of a {layer_types[index]} layer, but no such layer owns any")
 
 

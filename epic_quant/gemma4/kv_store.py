@@ -41,11 +41,11 @@ class ForwardKV:
 
     def __init__(self, config: TextConfig, cache: KVStore | None = None, start: int = 0) -> None:
         self._cache, self._start = cache, start
-        self._sources = {spec.kv_source for spec in config.layers if not spec.owns_kv}
+        self._sources = {spec.kv_source for spec in config.layers if not spec.is_kv_source}
         self._shared: dict[int, tuple[Tensor, Tensor]] = {}
 
     def write(self, spec: LayerSpec, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Take an owner's new k and v, [batch, num_kv_heads, tokens, head_dim]; return all that it attends to.
+        """Take a KV source layer's new k and v, [batch, num_kv_heads, tokens, head_dim]; return all that it attends to.
 
         That is [batch, num_kv_heads, keys, head_dim], the last key being the newest token's. Raises TokenError where
         the cache holds another number of tokens than `start` says.

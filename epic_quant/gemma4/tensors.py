@@ -35,7 +35,7 @@ class TextTensor:
     layer: int | None  # None for a global
     tensor_class: TensorClass | None  # None for norms and scalars, which stay as they are
     shape: tuple[int, ...]
-    dead: bool = False  # K and V weights of a layer that reads another's: never used, and not in every file
+    unused: bool = False  # K and V weights of a layer that reads another's: never used, and not in every file
 
     @property
     def local_name(self) -> str:
@@ -44,12 +44,12 @@ class TextTensor:
 
 
 def expected_tensors(config: TextConfig) -> tuple[TextTensor, ...]:
-    """All tensors of the text model, from the config alone: globals first, then layer by layer, dead ones included."""
+    """All tensors of the text model, from the config alone, unused ones included: globals, then layer by layer."""
     return (*_globals(config), *(tensor for spec in config.layers for tensor in _layer(config, spec)))
 
 
 def text_tensors(checkpoint: Checkpoint, config: TextConfig) -> Mapping[str, str]:
-    """The text model's tensors in a file: canonical name to the name in the file, dead ones only where it has them.
+    """The text model's tensors in a file: canonical name to the name in the file, unused ones only where it has them.
 
     Other tensors (vision and audio towers) are not text and are left out. Raises CheckpointError where a tensor is
     missing or is there twice, and ConfigError where one has another shape than the config says, or belongs to a layer
@@ -67,7 +67,7 @@ def text_tensors(checkpoint: Checkpoint, config: TextConfig) -> Mapping[str, str
             raise ConfigError(f"{checkpoint.source}: the config has no tensor {name}, but the file has {file_name}")
     for name, tensor in expected.items():
         if name not in found:
-            if not tensor.dead:
+            if not tensor.unused:
                 raise CheckpointError(f"{checkpoint.source}: no tensor {name}")
         elif (shape := tuple(checkpoint.shape(found[name]))) != tensor.shape:
             raise ConfigError(
@@ -96,16 +96,16 @@ def _layer(config: TextConfig, spec: LayerSpec) -> Iterator[TextTensor]:
     q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     attention = TensorClass(spec.layer_type)
 
-    def tensor(name: str, tensor_class: TensorClass | None, *shape: int, dead: bool = False) -> TextTensor:
-        return TextTensor(f"layers.{spec.index}.{name}", spec.index, tensor_class, shape, dead)
+    def tensor(name: str, tensor_class: TensorClass | None, *shape: int, unused: bool = False) -> TextTensor:
+        return TextTensor(f"layers.{spec.index}.{name}", spec.index, tensor_class, shape, unused)
 
     yield tensor("input_layernorm.weight", None, hidden)
     yield tensor("self_attn.q_proj.weight", attention, q, hidden)
-    yield tensor("self_attn.k_proj.weight", attention, kv, hidden, dead=not spec.owns_kv)
-    yield tensor("self_attn.v_proj.weight", attention, kv, hidden, dead=not spec.owns_kv)
+    yield tensor("self_attn.k_proj.weight", attention, kv, hidden, unused=not spec.is_kv_source)
+    yield tensor("self_attn.v_proj.weight", attention, kv, hidden, unused=not spec.is_kv_source)
     yield tensor("self_attn.o_proj.weight", attention, hidden, q)
     yield tensor("self_attn.q_norm.weight", None, spec.head_dim)
-    yield tensor("self_attn.k_norm.weight", None, spec.head_dim, dead=not spec.owns_kv)
+    yield tensor("self_attn.k_norm.weight", None, spec.head_dim, unused=not spec.is_kv_source)
     yield tensor("post_attention_layernorm.weight", None, hidden)
     yield tensor("pre_feedforward_layernorm.weight", None, hidden)
     yield tensor("mlp.gate_proj.weight", TensorClass.MLP, wide, hidden)

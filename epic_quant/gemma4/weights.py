@@ -53,12 +53,12 @@ class CheckpointWeights:
 
     @property
     def tensors(self) -> Mapping[str, TextTensor]:
-        """The text tensors that the file has, by canonical name, dead ones included."""
+        """The text tensors that the file has, by canonical name, unused ones included."""
         return self._tensors
 
     def layer(self, index: int) -> Mapping[str, Weight]:
         """A layer's live weights by their name inside it."""
-        return {t.local_name: self.get(t.name) for t in self._tensors.values() if t.layer == index and not t.dead}
+        return {t.local_name: self.get(t.name) for t in self._tensors.values() if t.layer == index and not t.unused}
 
     def get(self, name: str) -> Tensor:
         """A weight by its canonical name."""

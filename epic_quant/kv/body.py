@@ -13,7 +13,7 @@ from epic_quant.kv import principal
 from epic_quant.kv.rows import Rows, joined
 from epic_quant.kv.storage import Storage
 from epic_quant.quant import QuantizedTensor, Quantizer, hadamard
-from epic_quant.quant.base import MOST_TURNED
+from epic_quant.quant.base import MAX_ROTATED
 from epic_quant.quant.scheme import SCALE_DTYPE, over_scale, stored_scale
 
 # Read together where there is something to do to them in fp32, which then stays in the caches.
@@ -76,7 +76,7 @@ class Body:
         Those that a ring would drop at once are not stored.
         """
         # Beyond that scales saturate anyway, and the sums of a mean or a turn must not overflow.
-        values = x.float().clamp(-MOST_TURNED, MOST_TURNED)
+        values = x.float().clamp(-MAX_ROTATED, MAX_ROTATED)
         if self._centered and not len(self._offset):
             begin = values[: self.least * self.unit - self.lead]
             self._offset.append(stored_scale(begin.mean(dim=0, keepdim=True)))
@@ -92,7 +92,7 @@ class Body:
         if len(self._offset):
             values = values - self._offset.rows()
         if len(self._reflectors):
-            values = principal.turn(values, self._reflectors.rows()[0])
+            values = principal.rotate(values, self._reflectors.rows()[0])
         for part, its in zip(self._coordinates, values.split(self._num_coordinates, dim=-1), strict=True):
             part.append(its)
 
@@ -106,7 +106,7 @@ class Body:
             units = slice(first, first + step)
             values = joined([part.read(units, torch.float32) for part in self._coordinates], dim=-1)
             if len(self._reflectors):
-                values = principal.turn_back(values, self._reflectors.rows()[0])
+                values = principal.unrotate(values, self._reflectors.rows()[0])
             values += self._offset.rows()
             x[first * self.unit :][: len(values)] = values
         return x[self.lead :]
@@ -145,7 +145,7 @@ class _Coordinates:
     def append(self, values: Tensor) -> None:
         """Quantize [tokens, num_heads, count], fp32, of whole units."""
         if self._turned:
-            values = hadamard.turn(values, self._turned)
+            values = hadamard.rotate(values, self._turned)
         if self._block is not None:
             values = values.unflatten(0, (-1, self._block)).permute(0, 2, 3, 1)  # [units, heads, count, block]
         rows = values.reshape(-1, self._cols)
@@ -165,7 +165,7 @@ class _Coordinates:
             # [units, heads, count, block] to [units, block, heads, count]
             values = values.view(-1, *self._shape, self._block).permute(0, 3, 1, 2)
         values = values.reshape(-1, *self._shape)
-        return hadamard.turn_back(values, self._turned) if self._turned else values
+        return hadamard.unrotate(values, self._turned) if self._turned else values
 
 
 def _clipped(rows: Tensor, part: float) -> Tensor:

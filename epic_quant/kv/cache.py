@@ -24,7 +24,7 @@ class KVCache:
         self.policy, self.dtype = policy, dtype
         self._specs = config.layers
         self._stores = {
-            spec.index: LayerStore(spec, policy.layer(spec), dtype) for spec in config.layers if spec.owns_kv
+            spec.index: LayerStore(spec, policy.layer(spec), dtype) for spec in config.layers if spec.is_kv_source
         }
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -34,7 +34,7 @@ class KVCache:
         not there or shares another's K and V.
         """
         spec = self._spec(layer)
-        if not spec.owns_kv:
+        if not spec.is_kv_source:
             raise CacheError(f"layer {layer} stores no K and V: it shares those of layer {spec.kv_source}")
         self._check("K", k, spec)
         self._check("V", v, spec)
@@ -71,7 +71,7 @@ class KVCache:
     def layer_nbytes(self, layer: int) -> int:
         """Bytes stored of one layer; 0 for a sharing one."""
         spec = self._spec(layer)
-        return self._stores[layer].nbytes if spec.owns_kv else 0
+        return self._stores[layer].nbytes if spec.is_kv_source else 0
 
     @property
     def bits_per_value(self) -> float:
@@ -79,7 +79,7 @@ class KVCache:
         values = sum(
             2 * spec.num_kv_heads * self._stores[spec.index].kept * spec.head_dim
             for spec in self._specs
-            if spec.owns_kv
+            if spec.is_kv_source
         )
         if values == 0:
             raise CacheError("an empty KV cache has no bits per value")

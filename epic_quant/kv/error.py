@@ -77,12 +77,12 @@ class Judge:
 
     def __init__(self, texts: Sequence[Captured], layer_type: str, step: int = _STEP_TOKENS) -> None:
         self._texts, self._step = texts, step
-        self._owners = [s for s in texts[0].config.layers if s.owns_kv and s.layer_type == layer_type]
+        self._sources = [s for s in texts[0].config.layers if s.is_kv_source and s.layer_type == layer_type]
         # The exact logits and outputs are the same for all policies.
         self._exact = [
             {
-                (owner.index, end): _attend(*self._parts(text, owner, end))
-                for owner in self._owners
+                (source.index, end): _attend(*self._parts(text, source, end))
+                for source in self._sources
                 for end in self._ends(text)
             }
             for text in texts
@@ -93,14 +93,14 @@ class Judge:
         totals = {name: torch.zeros(2, dtype=torch.float64) for name in ("k", "v", "logit", "attention")}
         for text, exact in zip(self._texts, self._exact, strict=True):
             cache = KVCache(text.config, policy)
-            for owner in self._owners:
+            for source in self._sources:
                 for end in self._ends(text):
-                    query, k, v = self._parts(text, owner, end)
+                    query, k, v = self._parts(text, source, end)
                     new = slice(max(0, end - self._step), end)
-                    cache.append(owner.index, text.keys[owner.index][:, new], text.values[owner.index][:, new])
-                    stored = [kept[:, -k.shape[1] :] for kept in (cache.keys(owner.index), cache.values(owner.index))]
+                    cache.append(source.index, text.keys[source.index][:, new], text.values[source.index][:, new])
+                    stored = [kept[:, -k.shape[1] :] for kept in (cache.keys(source.index), cache.values(source.index))]
                     logits, attention = _attend(query, *stored)
-                    exact_logits, exact_attention = exact[owner.index, end]
+                    exact_logits, exact_attention = exact[source.index, end]
                     totals["k"] += _squares(stored[0], k)
                     totals["v"] += _squares(stored[1], v)
                     totals["attention"] += _squares(attention, exact_attention)
@@ -112,15 +112,15 @@ class Judge:
         tokens = text.hidden.shape[1]
         return range(min(self._step, tokens), tokens + 1, self._step)
 
-    def _parts(self, text: Captured, owner: LayerSpec, end: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _parts(self, text: Captured, source: LayerSpec, end: int) -> tuple[Tensor, Tensor, Tensor]:
         """After `end` tokens: the queries [num_kv_heads, queries, head_dim], and the K and V that they see."""
-        readers = (spec.index for spec in text.config.layers if spec.kv_source == owner.index)
+        readers = (spec.index for spec in text.config.layers if spec.kv_source == source.index)
         queries = [
-            text.queries[index][:, end - 1].view(owner.num_kv_heads, -1, owner.head_dim)  # a group reads one KV head
+            text.queries[index][:, end - 1].view(source.num_kv_heads, -1, source.head_dim)  # a group reads one KV head
             for index in readers
         ]
-        seen = slice(max(0, end - (owner.sliding_window or end)), end)
-        return torch.cat(queries, dim=1), text.keys[owner.index][:, seen], text.values[owner.index][:, seen]
+        seen = slice(max(0, end - (source.sliding_window or end)), end)
+        return torch.cat(queries, dim=1), text.keys[source.index][:, seen], text.values[source.index][:, seen]
 
 
 class _Recorder:

@@ -68,7 +68,7 @@ class KVPolicy:
         Counted are a token and a block that are really quantized, times how many of each the cache holds by then.
         What is not quantized is held in `dtype`. Raises SpecError where the policy does not fit the heads.
         """
-        return sum(self.layer_nbytes(spec, tokens, dtype) for spec in config.layers if spec.owns_kv)
+        return sum(self.layer_nbytes(spec, tokens, dtype) for spec in config.layers if spec.is_kv_source)
 
     def layer_nbytes(self, spec: LayerSpec, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
         """The same of one layer, as if it owned K and V where it does not."""

@@ -26,7 +26,7 @@ def reflectors(tokens: Tensor, directions: int, dtype: torch.dtype) -> Tensor:
     return torch.nn.functional.normalize(whole.mT, dim=-1).to(dtype)
 
 
-def turn(x: Tensor, reflectors: Tensor) -> Tensor:
+def rotate(x: Tensor, reflectors: Tensor) -> Tensor:
     """Heads x [N, H, D], fp32, along the directions of the reflectors [H, R, D] and then others: [N, H, D].
 
     Norms and inner products stay. Added up in fp64, since sums of fp32 depend on how many tokens come together.
@@ -34,8 +34,8 @@ def turn(x: Tensor, reflectors: Tensor) -> Tensor:
     return _reflect(x.double(), reflectors, back=False).float()
 
 
-def turn_back(x: Tensor, reflectors: Tensor) -> Tensor:
-    """The inverse of `turn`, which is its transpose, in fp32; `x` is overwritten."""
+def unrotate(x: Tensor, reflectors: Tensor) -> Tensor:
+    """The inverse of `rotate`, which is its transpose, in fp32; `x` is overwritten."""
     return _reflect(x, reflectors, back=True)
 
 

@@ -118,12 +118,10 @@ class PackedRows:
 
     @classmethod
     def of(cls, spec: str, cols: int) -> PackedRows:
-        """The format of a spec. Raises SpecError for one that needs second moments, which a table has not."""
+        """The format of a spec. Raises SpecError for one that needs Hessians, which a table has not."""
         scheme = quantizer(spec)
         if scheme.gptq:
-            raise SpecError(
-                f"{spec}: a table that is looked up has no inputs to take second moments of; leave out +gptq"
-            )
+            raise SpecError(f"{spec}: a table that is looked up has no inputs to take Hessians of; leave out +gptq")
         # What the spec makes of rows of this width, such as the Hadamard block that fits, is known by doing it.
         return cls(scheme.quantize(torch.zeros(1, cols)).quantizer, cols)
 

@@ -6,5 +6,5 @@ pytest_plugins = [
     "epic_quant.plugin.journal",
     "epic_quant.plugin.fixtures",
     "epic_quant.plugin.progress",
-    "epic_quant.plugin.ending",
+    "epic_quant.plugin.outcome",
 ]

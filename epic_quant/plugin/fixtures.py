@@ -32,9 +32,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("kv_policy_name", list(run_of(metafunc.config).kv_policies))
     if "kv_context" in metafunc.fixturenames:
         metafunc.parametrize("kv_context", run_of(metafunc.config).kv_contexts)
-    if "change_name" in metafunc.fixturenames:
+    if "ablation_name" in metafunc.fixturenames:
         # Without a single one pytest would only say that there is none.
-        metafunc.parametrize("change_name", list(run_of(metafunc.config).changes) or _NO_SENSITIVITIES)
+        metafunc.parametrize("ablation_name", list(run_of(metafunc.config).changes) or _NO_SENSITIVITIES)
     if "recipe_at" in metafunc.fixturenames:
         run = run_of(metafunc.config)
         names = [name for name in run.policies if name != "bf16"]

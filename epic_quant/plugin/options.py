@@ -59,7 +59,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--calibration-text", type=Path, metavar="FILE", help="text that +gptq is fitted to, never judged on"
     )
-    group.addoption("--moments", type=Path, metavar="FILE", help="moments that python -m epic_quant.calibration made")
+    group.addoption("--hessians", type=Path, metavar="FILE", help="hessians that python -m epic_quant.calibration made")
     group.addoption(
         "--windows",
         type=_positive,
@@ -84,11 +84,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--ple-trace", type=Path, metavar="FILE", help="text or .npy ids to judge the PLE row cache by")
     group.addoption("--plan", action="store_true", help="say what would be measured and how long it takes, and stop")
-    _add_ending(parser)
+    _add_outcome(parser)
 
 
-def _add_ending(parser: pytest.Parser) -> None:
-    group = parser.getgroup("epic_quant ending", "what is made of what was measured")
+def _add_outcome(parser: pytest.Parser) -> None:
+    group = parser.getgroup("epic_quant outcome", "what is made of what was measured")
     group.addoption("--fail-if", action="append", default=[], metavar=gate.METAVAR, help=gate.HELP)
     group.addoption(
         "--baseline", type=Path, metavar="FILE", help="JSON of an older run, to hold every value and limit against"

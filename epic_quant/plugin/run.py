@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from epic_quant import __version__, kernels, kv, machine
-from epic_quant.calibration import Moments, gather, text_sha256
+from epic_quant.calibration import Hessians, gather, text_sha256
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import CheckpointError, TokenError
 from epic_quant.gemma4.config import TextConfig
@@ -26,7 +26,7 @@ from epic_quant.plan import plan_quality
 from epic_quant.ple.residency import Ids
 from epic_quant.ple.traces import check_trace, load_ids
 from epic_quant.policy import NAMED, UNQUANTIZED, Policy
-from epic_quant.quality import NOISE_FLOOR, Change, Variant, changes, noise_floor
+from epic_quant.quality import NOISE_FLOOR, Ablation, Variant, changes, noise_floor
 from epic_quant.quality.passes import default_memory_nbytes
 from epic_quant.quant import quantizer
 from epic_quant.records import SCHEMA_VERSION
@@ -40,8 +40,8 @@ SEED = 0
 LARGE_CHECKPOINT_NBYTES = 1_000_000_000
 _DEFAULT_SAMPLED_ROWS = 256
 
-# The text that moments are gathered from: enough that those of 512 columns have full rank many times over.
-MOMENT_WINDOWS, MOMENT_WINDOW_TOKENS = 16, 512
+# The text that Hessians are gathered from: enough that those of 512 columns have full rank many times over.
+HESSIAN_WINDOWS, HESSIAN_WINDOW_TOKENS = 16, 512
 
 _LEAST_KV_CONTEXT = 128
 
@@ -108,7 +108,7 @@ class Run:
         return [
             tensor
             for tensor in expected_tensors(self.config)
-            if tensor.tensor_class is tensor_class and not tensor.dead
+            if tensor.tensor_class is tensor_class and not tensor.unused
         ]
 
     def sample(self, tensor: TextTensor) -> Tensor:
@@ -123,30 +123,30 @@ class Run:
         """Windows of the evaluation text, int64 [num_windows, window_tokens]; see `text.token_windows`."""
         return token_windows(self.checkpoint, self.text, num_windows, window_tokens)
 
-    def moments(self, folder: Path) -> Mapping[str, Tensor]:
-        """The moments that +gptq is fitted with: `--moments`, or gathered from the calibration text into `folder`.
+    def hessians(self, folder: Path) -> Mapping[str, Tensor]:
+        """The Hessians that +gptq is fitted with: `--hessians`, or gathered from the calibration text into `folder`.
 
-        None at all on a large checkpoint without `--moments`: gathering them is a run of its own. Raises TokenError
+        None at all on a large checkpoint without `--hessians`: gathering them is a run of its own. Raises TokenError
         where they are of the evaluation text: what is fitted and what is judged never share text.
         """
-        if self.options.moments:
-            moments = Moments(self.options.moments, self.checkpoint)
+        if self.options.hessians:
+            hessians = Hessians(self.options.hessians, self.checkpoint)
         elif self.nbytes > LARGE_CHECKPOINT_NBYTES:
             return {}
         else:
             text = self.calibration_text
-            moments = gather(self.checkpoint, text, self._moment_windows(text), folder / "calibration.safetensors")
-        self._check_apart(moments.text_sha256)
-        return moments
+            hessians = gather(self.checkpoint, text, self._hessian_windows(text), folder / "calibration.safetensors")
+        self._check_apart(hessians.text_sha256)
+        return hessians
 
-    def evaluation_moments(self, folder: Path) -> Moments | None:
-        """The moments of the evaluation text, which give the output error on it; None on a large checkpoint."""
+    def evaluation_hessians(self, folder: Path) -> Hessians | None:
+        """The Hessians of the evaluation text, which give the output error on it; None on a large checkpoint."""
         if self.nbytes > LARGE_CHECKPOINT_NBYTES:
             return None
-        return gather(self.checkpoint, self.text, self._moment_windows(self.text), folder / "evaluation.safetensors")
+        return gather(self.checkpoint, self.text, self._hessian_windows(self.text), folder / "evaluation.safetensors")
 
-    def _moment_windows(self, text: Path) -> Tensor:
-        return token_windows(self.checkpoint, text, MOMENT_WINDOWS, MOMENT_WINDOW_TOKENS)
+    def _hessian_windows(self, text: Path) -> Tensor:
+        return token_windows(self.checkpoint, text, HESSIAN_WINDOWS, HESSIAN_WINDOW_TOKENS)
 
     @property
     def text(self) -> Path:
@@ -208,8 +208,8 @@ class Run:
         for path in named:
             if path is not None:
                 token_windows(self.checkpoint, path, 1, 2)
-        if self.options.moments:
-            self._check_apart(Moments(self.options.moments, self.checkpoint).text_sha256)
+        if self.options.hessians:
+            self._check_apart(Hessians(self.options.hessians, self.checkpoint).text_sha256)
         elif any(named):
             self._check_apart(text_sha256(self.calibration_text))
         if self.options.ple_trace:
@@ -222,8 +222,8 @@ class Run:
 
     @cached_property
     def evaluated(self) -> dict[str, Policy | Variant]:
-        """The policies whose quality is judged, and the noise floor; not those that lack the moments to be fitted."""
-        fitted = bool(self.options.moments) or self.nbytes <= LARGE_CHECKPOINT_NBYTES
+        """The policies whose quality is judged, and the noise floor; not those that lack the Hessians to be fitted."""
+        fitted = bool(self.options.hessians) or self.nbytes <= LARGE_CHECKPOINT_NBYTES
         found: dict[str, Policy | Variant] = {
             name: policy
             for name, policy in self.policies.items()
@@ -232,7 +232,7 @@ class Run:
         return found | {NOISE_FLOOR: noise_floor()}
 
     @cached_property
-    def changes(self) -> dict[str, Change]:
+    def changes(self) -> dict[str, Ablation]:
         """The single changes whose sensitivity is measured, by name; on a large checkpoint only where asked for."""
         asked = self.options.by_layer or "sensitivity" in self.options.keyword
         if self.nbytes > LARGE_CHECKPOINT_NBYTES and not asked:
@@ -298,7 +298,7 @@ _READ: Mapping[str, Callable[[Run], object]] = {
     "trace_of": lambda run: run.token_ids(run.text),
     "block_inputs": lambda run: run.windows(1, 2),
     "divergences": lambda run: run.windows(1, 2),
-    "evaluation_moments": lambda run: None if run.nbytes > LARGE_CHECKPOINT_NBYTES else run.windows(1, 2),
+    "evaluation_hessians": lambda run: None if run.nbytes > LARGE_CHECKPOINT_NBYTES else run.windows(1, 2),
 }
 
 

@@ -2,14 +2,14 @@
 
 from epic_quant.quality.evaluation import Evaluation, evaluate, measure, noise_floor
 from epic_quant.quality.measures import Quality, TokenMeasures
-from epic_quant.quality.sensitivity import KV_CACHE, Change, changes
+from epic_quant.quality.sensitivity import KV_CACHE, Ablation, changes
 from epic_quant.quality.variants import NOISE_FLOOR, REFERENCE, Variant
 
 __all__ = [
     "KV_CACHE",
     "NOISE_FLOOR",
     "REFERENCE",
-    "Change",
+    "Ablation",
     "Evaluation",
     "Quality",
     "TokenMeasures",

@@ -36,7 +36,7 @@ def evaluate(
     policies: Mapping[str, Policy | Variant],
     windows: Tensor,
     *,
-    moments: Mapping[str, Tensor] | None = None,
+    hessians: Mapping[str, Tensor] | None = None,
     memory_nbytes: int | None = None,
     resume: Path | None = None,
     progress: bool | None = False,
@@ -50,7 +50,7 @@ def evaluate(
         raise SpecError(f"{NOISE_FLOOR!r} is the noise floor; give {policies[NOISE_FLOOR]} another name")
     named = {**policies, NOISE_FLOOR: noise_floor()}
     found = measure(
-        checkpoint, named, windows, moments=moments, memory_nbytes=memory_nbytes, resume=resume, progress=progress
+        checkpoint, named, windows, hessians=hessians, memory_nbytes=memory_nbytes, resume=resume, progress=progress
     )
     return {name: tokens.quality() for name, tokens in found.tokens.items()}
 
@@ -66,7 +66,7 @@ def measure(
     policies: Mapping[str, Policy | Variant],
     windows: Tensor,
     *,
-    moments: Mapping[str, Tensor] | None = None,
+    hessians: Mapping[str, Tensor] | None = None,
     memory_nbytes: int | None = None,
     resume: Path | None = None,
     progress: bool | None = False,
@@ -74,7 +74,7 @@ def measure(
     """What every policy, and the reference as `bf16`, predicts of each token of `windows`, int64 [N, T] from BOS on.
 
     The policies go through the file together, or in as many passes as `memory_nbytes` makes necessary (by default half
-    of what is free); that changes no bit of the result. `moments` are what `+gptq` is fitted with. With `resume`, what
+    of what is free); that changes no bit of the result. `hessians` are what `+gptq` is fitted with. With `resume`, what
     the run has come to is kept in that file after every layer, and a run that finds it there goes on and says so on
     stderr. `progress` None shows a bar where stderr is a terminal.
 
@@ -84,14 +84,14 @@ def measure(
     """
     config = TextConfig.read(checkpoint)
     check_windows(windows, config)
-    windows, moments = windows.long(), moments or {}
+    windows, hessians = windows.long(), hessians or {}
     variants = with_reference(policies, config)
     memory = Memory(config, *windows.shape)
     at = resuming.Progress(passes(variants, memory, memory_nbytes or default_memory_nbytes()))
     resumed_after = None
     identity = None
     if resume is not None:
-        identity = resuming.Identity.of(checkpoint, variants, windows, moments)
+        identity = resuming.Identity.of(checkpoint, variants, windows, hessians)
         if (found := resuming.load(resume, identity, config)) is not None:
             at, resumed_after = found, str(found)
             print(f"{resume}: goes on after {resumed_after}", file=sys.stderr)
@@ -112,7 +112,7 @@ def measure(
     ) as bar:
         for done in multiplications:
             batch = at.batches[at.index]
-            stream = Stream(checkpoint, {name: variants[name] for name in batch}, windows, moments)
+            stream = Stream(checkpoint, {name: variants[name] for name in batch}, windows, hessians)
             if at.layers:
                 stream.resume(at.states)
             else:

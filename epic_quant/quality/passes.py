@@ -78,7 +78,7 @@ class Memory:
     @property
     def state_nbytes(self) -> int:
         """Of one variant: hidden states, K and V that later layers share, and a few numbers a token, of all windows."""
-        sources = {spec.kv_source for spec in self.config.layers if not spec.owns_kv}
+        sources = {spec.kv_source for spec in self.config.layers if not spec.is_kv_source}
         shared = sum(2 * spec.num_kv_heads * spec.head_dim for spec in self.config.layers if spec.index in sources)
         return self._tokens * (4 * self.config.hidden_size + 4 * shared + 48)
 
@@ -175,4 +175,4 @@ def quantized_numel(variants: Sequence[Variant], config: TextConfig) -> dict[str
 
 
 def _matrices(config: TextConfig) -> list[TextTensor]:
-    return [tensor for tensor in expected_tensors(config) if tensor.tensor_class is not None and not tensor.dead]
+    return [tensor for tensor in expected_tensors(config) if tensor.tensor_class is not None and not tensor.unused]

@@ -32,20 +32,20 @@ class Identity:
     checkpoint: str
     windows: str
     variants: Mapping[str, str]
-    moments: str
+    hessians: str
     version: str = __version__
 
     @classmethod
     def of(
-        cls, checkpoint: Checkpoint, variants: Mapping[str, Variant], windows: Tensor, moments: Mapping[str, Tensor]
+        cls, checkpoint: Checkpoint, variants: Mapping[str, Variant], windows: Tensor, hessians: Mapping[str, Tensor]
     ) -> Identity:
-        """Of moments the first in order stand for all."""
-        first = next(iter(moments), None)
+        """Of hessians the first in order stand for all."""
+        first = next(iter(hessians), None)
         return cls(
             checkpoint=checkpoint.fingerprint,
             windows=_sha256(windows),
             variants={name: str(variant) for name, variant in variants.items()},
-            moments="none" if first is None else _sha256(moments[first]),
+            hessians="none" if first is None else _sha256(hessians[first]),
         )
 
     def check(self, path: Path, found: Identity) -> None:
@@ -59,8 +59,8 @@ class Identity:
             raise SpecError(f"{said} with other policies, which differ in {', '.join(other)}")
         if found.windows != self.windows:
             raise TokenError(f"{said} on other windows or another text")
-        if found.moments != self.moments:
-            raise SpecError(f"{said} whose +gptq was fitted with other moments")
+        if found.hessians != self.hessians:
+            raise SpecError(f"{said} whose +gptq was fitted with other Hessians")
         if found.version != self.version:
             raise SpecError(f"{said} of epic_quant {found.version}, but this is {self.version}")
 

@@ -20,7 +20,7 @@ KV_CACHE = "kv_cache"
 
 
 @dataclass(frozen=True)
-class Change:
+class Ablation:
     """A tensor class under a spec, or `kv_cache` under a KV policy; in one layer alone where `layer` says so."""
 
     tensor_class: str
@@ -48,24 +48,24 @@ class Change:
             tensor
             for tensor in expected_tensors(config)
             if tensor.tensor_class == self.tensor_class
-            and not tensor.dead
+            and not tensor.unused
             and (self.layer is None or tensor.layer == self.layer)
         ]
 
 
-def changes(config: TextConfig, kv_policies: Iterable[str] = (), *, by_layer: bool = False) -> list[Change]:
+def changes(config: TextConfig, kv_policies: Iterable[str] = (), *, by_layer: bool = False) -> list[Ablation]:
     """Every class that the model has at 8, 6, 5, 4, 3 bits and ternary, and the KV policies, in all layers together.
 
     With `by_layer` also in each layer alone that has tensors of the class, or owns K and V. Groups are of 128 weights,
     or of the largest smaller power of two that divides every row of the class.
     """
-    whole: list[Change] = []
-    layers: dict[str, list[int]] = {KV_CACHE: [layer.index for layer in config.layers if layer.owns_kv]}
+    whole: list[Ablation] = []
+    layers: dict[str, list[int]] = {KV_CACHE: [layer.index for layer in config.layers if layer.is_kv_source]}
     for part in TensorClass:
-        if tensors := Change(part, UNQUANTIZED).tensors(config):
-            whole += [Change(part.value, f"{scheme}-g{_group(tensors)}") for scheme in SCHEMES]
+        if tensors := Ablation(part, UNQUANTIZED).tensors(config):
+            whole += [Ablation(part.value, f"{scheme}-g{_group(tensors)}") for scheme in SCHEMES]
             layers[part] = sorted({tensor.layer for tensor in tensors if tensor.layer is not None})
-    whole += [Change(KV_CACHE, policy) for policy in kv_policies]
+    whole += [Ablation(KV_CACHE, policy) for policy in kv_policies]
     if not by_layer:
         return whole
     return whole + [replace(change, layer=layer) for change in whole for layer in layers[change.tensor_class]]

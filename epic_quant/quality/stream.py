@@ -1,6 +1,6 @@
 """One pass over the file: a layer is read once, and every variant's hidden states go through it before the next.
 
-    stream = Stream(checkpoint, variants, windows, moments)
+    stream = Stream(checkpoint, variants, windows, hessians)
     stream.begin()
     for spec in stream.config.layers:
         stream.layer(spec)
@@ -98,15 +98,15 @@ class State:
 
 
 class Stream:
-    """A pass for `variants`, the reference among them, on `windows` int64 [N, T]; `moments` as `Policy.weights` has.
+    """A pass for `variants`, the reference among them, on `windows` int64 [N, T]; `hessians` as `Policy.weights` has.
 
     Between two calls `states` is all that it has come to, and may be put there in place of `begin` or of some layers.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, variants: Mapping[str, Variant], windows: Tensor, moments: Mapping[str, Tensor]
+        self, checkpoint: Checkpoint, variants: Mapping[str, Variant], windows: Tensor, hessians: Mapping[str, Tensor]
     ) -> None:
-        self._checkpoint, self._weights, self._moments = checkpoint, CheckpointWeights(checkpoint), moments
+        self._checkpoint, self._weights, self._hessians = checkpoint, CheckpointWeights(checkpoint), hessians
         self._variants, self._windows = variants, windows
         self.config = self._weights.config
         # What precedes the first layer depends on a token's id alone, so it is computed and held once for each id.
@@ -136,7 +136,7 @@ class Stream:
 
     def _start(self, key: StartKey, name: str) -> Tensor:
         """Keep the PLE inputs of every distinct id; return its hidden state before the first layer, [distinct, H]."""
-        weights = self._variants[name].policy.weights(self._checkpoint, self._moments)
+        weights = self._variants[name].policy.weights(self._checkpoint, self._hessians)
         embedded = embed(weights, self._ids[None], key.dtype)
         ple = per_layer_inputs(weights, self._ids[None], embedded)
         self._ple[key] = None if ple is None else ple[0]
@@ -193,7 +193,7 @@ class Stream:
         if (said := specs[tensor.tensor_class]) == UNQUANTIZED:
             return weight.to(dtype)
         if (name, said) not in stored:
-            stored[name, said] = _quantized(tensor.name, weight, said, self._moments.get(tensor.name))
+            stored[name, said] = _quantized(tensor.name, weight, said, self._hessians.get(tensor.name))
         return stored[name, said].dequantize(dtype)
 
     def _through(self, state: State, spec: LayerSpec, weights: Mapping[str, Weight]) -> None:
@@ -285,8 +285,8 @@ class _Vocabulary:
         return self.table[ids]
 
 
-def _quantized(name: str, weight: Tensor, spec: str, moments: Tensor | None) -> QuantizedTensor:
+def _quantized(name: str, weight: Tensor, spec: str, hessians: Tensor | None) -> QuantizedTensor:
     try:
-        return quantizer(spec).quantize(weight, moments)
+        return quantizer(spec).quantize(weight, hessians)
     except QuantizationError as error:
         raise QuantizationError(f"{name}: {error}") from error

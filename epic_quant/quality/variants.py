@@ -106,7 +106,7 @@ def _quantized_kv(kv: KVPolicy, spec: LayerSpec) -> LayerPolicy | None:
     """The layer's KV policy where it quantizes anything. What `bf16` rounds is part of the noise floor instead."""
     layer = kv.layer(spec)
     plain = all(isinstance(storage.how, torch.dtype) for storage in (*layer.k, *layer.v))
-    return None if plain or not spec.owns_kv else layer
+    return None if plain or not spec.is_kv_source else layer
 
 
 _Item = TypeVar("_Item")

@@ -18,10 +18,10 @@ from epic_quant.quant.scheme import SCALE_DTYPE, Scheme, stored_scale
 # Weights worked on at a time: temporaries of 1 MB in fp32 stay in a core's cache. Feedback multiplies matrices, and
 # wants more rows at once.
 _CHUNK = 2**18
-_FEEDBACK_CHUNK = 2**23
+_COMPENSATED_CHUNK = 2**23
 
 # Far beyond what has a scale in fp16: so that sums in a turn do not overflow.
-MOST_TURNED = 2.0**100
+MAX_ROTATED = 2.0**100
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class Quantizer:
         """Whether rows of `cols` weights fall into whole groups; a row shorter than the group is one."""
         return cols % self._group_size(cols) == 0
 
-    def quantize(self, weight: Tensor, moments: Tensor | None = None) -> QuantizedTensor:
+    def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> QuantizedTensor:
         """`weight` [rows, cols], of any float dtype and finite in fp32, quantized row by row.
 
-        `moments` [cols, cols], fp32 or fp64, is the mean of x xᵀ over the layer's inputs x; only gptq reads it.
+        `hessian` [cols, cols], fp32 or fp64, is the mean of x xᵀ over the layer's inputs x; only gptq reads it.
         A scale is fp16: it saturates at 65504, and weights too small for the least one, 2^-24, become zeros.
-        Raises QuantizationError for a weight or moments that do not fit.
+        Raises QuantizationError for a weight or hessian that do not fit.
         """
         if weight.dim() != 2 or weight.numel() == 0 or not weight.is_floating_point():
             raise QuantizationError(f"a {weight.dtype} tensor of shape {list(weight.shape)} is no matrix of floats")
@@ -76,12 +76,12 @@ class Quantizer:
             if bad is not None:
                 raise _not_finite(bad)
             return QuantizedTensor(packed, scale, cols, used)
-        factor = used._feedback_factor(moments, cols) if self.gptq else None
-        for chunk in _row_chunks(rows, cols, _FEEDBACK_CHUNK if self.gptq else _CHUNK):
+        factor = used._inverse_cholesky_factor(hessian, cols) if self.gptq else None
+        for chunk in _row_chunks(rows, cols, _COMPENSATED_CHUNK if self.gptq else _CHUNK):
             values = weight[chunk].float().contiguous()
             _check_finite(values, chunk.start)
             if used.hadamard_block:
-                values = hadamard.turn(values.clamp(-MOST_TURNED, MOST_TURNED), used.hadamard_block)
+                values = hadamard.rotate(values.clamp(-MAX_ROTATED, MAX_ROTATED), used.hadamard_block)
             codes, scale[chunk] = used._encode(values, factor)
             packed[chunk] = self.scheme.packing.pack(codes)
         return QuantizedTensor(packed, scale, cols, used)
@@ -106,17 +106,17 @@ class Quantizer:
     def _num_scales(self, cols: int) -> int:
         return cols // self._group_size(cols) * self.scheme.scales_per_group
 
-    def _feedback_factor(self, moments: Tensor | None, cols: int) -> Tensor:
-        moments = gptq.check_moments(moments, cols)
+    def _inverse_cholesky_factor(self, hessian: Tensor | None, cols: int) -> Tensor:
+        hessian = gptq.check_hessian(hessian, cols)
         if self.hadamard_block:
-            moments = hadamard.turn(hadamard.turn(moments, self.hadamard_block).T, self.hadamard_block)
-        return gptq.feedback_factor(moments)
+            hessian = hadamard.rotate(hadamard.rotate(hessian, self.hadamard_block).T, self.hadamard_block)
+        return gptq.inverse_cholesky_factor(hessian)
 
     def _encode(self, values: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
         """Codes [rows, cols] and fp16 scales [rows, num_scales] of [rows, cols] fp32."""
         rows, cols = values.shape
         if factor is not None:
-            return gptq.encode_with_feedback(values, factor, self._group_size(cols), self.scheme)
+            return gptq.encode_with_compensation(values, factor, self._group_size(cols), self.scheme)
         groups = values.reshape(-1, self._group_size(cols))
         scale = self.scheme.fit(groups)
         return self.scheme.encode(groups, scale).view(rows, cols), stored_scale(scale).view(rows, -1)
@@ -175,7 +175,7 @@ class QuantizedTensor:
         decoded = torch.empty(self.shape, dtype=dtype)
         for chunk, values in self._decoded_chunks():
             if self.quantizer.hadamard_block:
-                values = hadamard.turn_back(values, self.quantizer.hadamard_block)
+                values = hadamard.unrotate(values, self.quantizer.hadamard_block)
             decoded[chunk] = values.clamp_(-limit, limit)
         return decoded
 
@@ -186,7 +186,7 @@ class QuantizedTensor:
         for the reference, which knows no int8 activations.
         """
         if self.quantizer.hadamard_block:
-            x = hadamard.turn(x, self.quantizer.hadamard_block)
+            x = hadamard.rotate(x, self.quantizer.hadamard_block)
         kernel = self._kernel
         if kernel is not None and x.numel() and x.dtype is not torch.float64 and not x.requires_grad:
             return kernel.linear(x, activations)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from epic_quant.kernels.quantizing import active
-from epic_quant.kernels.quantizing import turn as native_turn
+from epic_quant.kernels.quantizing import turn as native_rotate
 
 # One choice for all weights, so that it needs no byte in any of them.
 _SIGN_SEED = 0x6EA4
@@ -27,18 +27,18 @@ def block_for(cols: int, block: int) -> int:
     return min(block, cols & -cols)
 
 
-def turn(x: Tensor, block: int) -> Tensor:
+def rotate(x: Tensor, block: int) -> Tensor:
     """[..., cols] float to the same shape and dtype; keeps every norm and inner product."""
     if _is_native(x):
-        return native_turn(x, block, signs(x.shape[-1], block), back=False)
+        return native_rotate(x, block, signs(x.shape[-1], block), back=False)
     return _in_fp32(x, lambda x: _transform(x * signs(x.shape[-1], block).to(x.dtype), block))
 
 
-def turn_back(x: Tensor, block: int) -> Tensor:
-    """The inverse of `turn`, which is its transpose."""
+def unrotate(x: Tensor, block: int) -> Tensor:
+    """The inverse of `rotate`, which is its transpose."""
     if _is_native(x):
-        return native_turn(x, block, signs(x.shape[-1], block), back=True)
-    return _in_fp32(x, lambda x: _turn_back(x, signs(x.shape[-1], block).to(x.dtype), block))
+        return native_rotate(x, block, signs(x.shape[-1], block), back=True)
+    return _in_fp32(x, lambda x: _unrotate(x, signs(x.shape[-1], block).to(x.dtype), block))
 
 
 @functools.lru_cache(maxsize=64)
@@ -49,7 +49,7 @@ def signs(cols: int, block: int) -> Tensor:
     return ones / math.sqrt(block)
 
 
-def _turn_back(x: Tensor, signs: Tensor, block: int) -> Tensor:
+def _unrotate(x: Tensor, signs: Tensor, block: int) -> Tensor:
     return _transform(x * signs[0].abs(), block) * signs.sign()
 
 

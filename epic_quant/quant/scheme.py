@@ -1,7 +1,7 @@
 """What every scheme provides, and the search for a scale that several of them share.
 
 A group is `size` weights in a row of the matrix that share their scale; schemes see groups as [n, size], fp32, and
-know nothing of rows, packing, rotation or error feedback.
+know nothing of rows, packing, rotation or error compensation.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from epic_quant.errors import RecipeError
-from epic_quant.layers import format_layers
 from epic_quant.recipe.program import Option, assign, least_cost
 from epic_quant.results.run import Run
 from epic_quant.results.sensitivities import (
@@ -21,6 +20,7 @@ from epic_quant.results.sensitivities import (
     Sensitivity,
     sensitivities,
 )
+from epic_quant.spec.layers import format_layers
 
 _BF16_NBYTES = 2
 # What the parts of a footprint call a class, where it is not the class's own name.

@@ -18,7 +18,7 @@ from epic_quant.results.run import Run
 HOW_TO_MAKE_ONE = "make one with: pytest benchmarks --benchmark-json out.json"
 
 # What is read of the facts and of a record's details, where it is there.
-_NUMBERS = ("read_bandwidth_gbs", "nbytes", "dead_nbytes")
+_NUMBERS = ("read_bandwidth_gbs", "nbytes", "unused_nbytes")
 _NAMES = ("policies", "layer_types", "missing", "failed")
 _MAPPINGS = ("versions", "policy_strings")
 _NUMBERS_BY_NAME = ("parts", "published", "tensors")

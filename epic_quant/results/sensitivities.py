@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from epic_quant.errors import ReportError
-from epic_quant.layers import parse_layers
 from epic_quant.records import Record
 from epic_quant.results.run import Run
+from epic_quant.spec.layers import parse_layers
 
 UNQUANTIZED = "bf16"
 # The K and V stores are chosen like a class, and named `kv` in a policy string.

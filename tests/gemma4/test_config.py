@@ -13,13 +13,13 @@ E4B, E2B = "gemma-4-E4B.config.json", "gemma-4-E2B.config.json"
 
 
 def test_e4b_layers_are_as_published(facts):
-    """The layer types, the owners of K and V, and whom the other layers read."""
+    """The layer types, the kv_sources of K and V, and whom the other layers read."""
     layers = TextConfig.from_json(facts(E4B)).layers
     full = [spec for spec in layers if spec.layer_type == "full_attention"]
-    owners = [spec for spec in layers if spec.owns_kv]
+    kv_sources = [spec for spec in layers if spec.is_kv_source]
     assert [spec.index for spec in full] == [5, 11, 17, 23, 29, 35, 41]
-    assert [spec.index for spec in owners] == list(range(24))
-    assert [spec.layer_type for spec in owners].count("sliding_attention") == 20
+    assert [spec.index for spec in kv_sources] == list(range(24))
+    assert [spec.layer_type for spec in kv_sources].count("sliding_attention") == 20
     assert {(spec.layer_type, spec.kv_source) for spec in layers[24:]} == {
         ("sliding_attention", 22),
         ("full_attention", 23),
@@ -43,7 +43,7 @@ def test_e2b_shares_more_and_is_double_wide_where_it_shares(facts):
     """35 layers of 4:1, 20 of them sharing and with twice the MLP."""
     layers = TextConfig.from_json(facts(E2B)).layers
     assert [spec.index for spec in layers if spec.layer_type == "full_attention"] == [4, 9, 14, 19, 24, 29, 34]
-    assert [spec.owns_kv for spec in layers] == [True] * 15 + [False] * 20
+    assert [spec.is_kv_source for spec in layers] == [True] * 15 + [False] * 20
     assert {spec.kv_source for spec in layers[15:]} == {13, 14}
     assert [spec.intermediate_size for spec in layers] == [6144] * 15 + [12288] * 20
     assert {spec.num_kv_heads for spec in layers} == {1}
@@ -55,8 +55,10 @@ def test_sharing_agrees_with_transformers(facts, name):
     text = facts(name)["text_config"]
     modes = Gemma4TextConfig(**text).kv_sharing_modes
     layers = TextConfig.from_json(text).layers
-    assert [spec.owns_kv for spec in layers] == [mode != "reuse" for mode in modes]
-    assert {spec.kv_source for spec in layers if not spec.owns_kv} == {i for i, m in enumerate(modes) if m == "store"}
+    assert [spec.is_kv_source for spec in layers] == [mode != "reuse" for mode in modes]
+    assert {spec.kv_source for spec in layers if not spec.is_kv_source} == {
+        i for i, m in enumerate(modes) if m == "store"
+    }
 
 
 @pytest.mark.parametrize("name", [E4B, E2B])

@@ -157,7 +157,7 @@ def test_only_owners_reach_the_cache(weights, token_ids):
     """Sharing layers store nothing."""
     cache = PlainCache(weights.config, windowed=True)
     TextModel(weights).logits(token_ids[:1], cache)
-    assert sorted(cache._k) == [spec.index for spec in weights.config.layers if spec.owns_kv]
+    assert sorted(cache._k) == [spec.index for spec in weights.config.layers if spec.is_kv_source]
 
 
 @pytest.mark.parametrize("start", [0, 8, 10])

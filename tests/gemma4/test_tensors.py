@@ -67,15 +67,15 @@ def test_classes_of_e4b_hold_what_their_names_say(e4b):
     ]
 
 
-def test_dead_tensors_of_e4b(e4b):
+def test_unused_tensors_of_e4b(e4b):
     """K and V weights of the 18 sharing layers: 54 tensors, counted here from the file's shapes."""
     config, header, shapes = e4b
     found = text_tensors(header, config)
-    dead = [tensor for tensor in expected_tensors(config) if tensor.dead]
-    assert len(dead) == 54
-    assert sum(2 * math.prod(shapes[found[tensor.name]]) for tensor in dead) == 110_111_232
-    assert {tensor.layer for tensor in dead} == set(range(24, 42))
-    assert {tensor.local_name for tensor in dead} == {
+    unused = [tensor for tensor in expected_tensors(config) if tensor.unused]
+    assert len(unused) == 54
+    assert sum(2 * math.prod(shapes[found[tensor.name]]) for tensor in unused) == 110_111_232
+    assert {tensor.layer for tensor in unused} == set(range(24, 42))
+    assert {tensor.local_name for tensor in unused} == {
         "self_attn.k_proj.weight",
         "self_attn.v_proj.weight",
         "self_attn.k_norm.weight",
@@ -84,10 +84,10 @@ def test_dead_tensors_of_e4b(e4b):
 
 @pytest.mark.parametrize("name", ["e4b", "e2b", "no_ple", "no_sharing"])
 def test_expected_tensors_are_what_transformers_saves(toy, name):
-    """The live ones, by name and shape; `transformers` leaves out the dead ones."""
+    """The live ones, by name and shape; `transformers` leaves out the unused ones."""
     with Checkpoint.open(toy(name)) as checkpoint:
         expected = expected_tensors(TextConfig.read(checkpoint))
-        live = {tensor.name: tensor.shape for tensor in expected if not tensor.dead}
+        live = {tensor.name: tensor.shape for tensor in expected if not tensor.unused}
         assert live == {file.removeprefix("model."): checkpoint.shape(file) for file in checkpoint.names}
 
 
@@ -117,14 +117,14 @@ def test_prefixes_do_not_matter(resaved, prefix):
     with resaved(rename) as checkpoint:
         config = TextConfig.read(checkpoint)
         found = text_tensors(checkpoint, config)
-        assert set(found) == {tensor.name for tensor in expected_tensors(config) if not tensor.dead}
+        assert set(found) == {tensor.name for tensor in expected_tensors(config) if not tensor.unused}
         assert all(file == prefix + name for name, file in found.items())
 
 
-def test_dead_tensors_may_be_in_the_file(resaved):
+def test_unused_tensors_may_be_in_the_file(resaved):
     """They are found, so that their bytes can be counted."""
-    dead = torch.zeros(2 * 16, 48)
-    with resaved(lambda weights: weights | {"model.layers.7.self_attn.k_proj.weight": dead}) as checkpoint:
+    unused = torch.zeros(2 * 16, 48)
+    with resaved(lambda weights: weights | {"model.layers.7.self_attn.k_proj.weight": unused}) as checkpoint:
         assert "layers.7.self_attn.k_proj.weight" in text_tensors(checkpoint, TextConfig.read(checkpoint))
 
 
@@ -157,7 +157,7 @@ def test_dead_tensors_may_be_in_the_file(resaved):
             "model.language_model.norm.weight and model.norm.weight are the same tensor",
         ),
     ],
-    ids=["missing", "other shape", "dead of other shape", "too many layers", "twice"],
+    ids=["missing", "other shape", "unused of other shape", "too many layers", "twice"],
 )
 def test_a_file_that_disagrees_with_its_config_is_named(resaved, change, error, message):
     """The tensor, and both shapes."""

@@ -23,9 +23,9 @@ def test_sharing_layers_have_no_kv_weights(toy):
     """Dead tensors are not handed out; all others are."""
     with Checkpoint.open(toy("e4b")) as checkpoint:
         weights = CheckpointWeights(checkpoint)
-        owner, sharing = set(weights.layer(5)), set(weights.layer(11))
-    assert owner - sharing == {f"self_attn.{name}.weight" for name in ("k_proj", "v_proj", "k_norm")}
-    assert not sharing - owner
+        kv_source, sharing = set(weights.layer(5)), set(weights.layer(11))
+    assert kv_source - sharing == {f"self_attn.{name}.weight" for name in ("k_proj", "v_proj", "k_norm")}
+    assert not sharing - kv_source
 
 
 def test_rows_of_a_table_are_bit_exact(toy):

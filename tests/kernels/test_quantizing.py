@@ -124,7 +124,7 @@ def test_the_first_row_that_is_not_finite_is_named(spec, bad, dtype, isa):
 @pytest.mark.parametrize("times", [1, 3])
 def test_turns_are_the_references(block, times, isa):
     x = torch.randn(2, 3, block * times, generator=torch.Generator().manual_seed(block))
-    for turn in (hadamard.turn, hadamard.turn_back):
+    for turn in (hadamard.rotate, hadamard.unrotate):
         expected = by_reference(lambda turn=turn: turn(x, block))
         with computing_with(isa):
             assert torch.equal(turn(x, block), expected)
@@ -134,7 +134,7 @@ def test_turns_are_the_references(block, times, isa):
 def test_a_gradient_goes_through_the_turn(isa):
     x = torch.randn(3, 16, requires_grad=True)
     with computing_with(isa):
-        hadamard.turn(x, 16).square().sum().backward()
+        hadamard.rotate(x, 16).square().sum().backward()
     torch.testing.assert_close(x.grad, 2 * x.detach())
 
 
@@ -175,8 +175,8 @@ def test_turning_keeps_what_is_not_finite_and_what_is_huge(value, isa):
     x = torch.ones(2, 64)
     x[1, 5] = value
     with computing_with(isa):
-        turned = hadamard.turn(x, 64)
-    expected = hadamard.turn(x.double(), 64)
+        turned = hadamard.rotate(x, 64)
+    expected = hadamard.rotate(x.double(), 64)
     assert torch.equal(turned[0], expected[0].float())
     assert torch.equal(turned[1].isfinite(), expected[1].isfinite())
     if math.isfinite(value):

@@ -1,4 +1,4 @@
-"""A config small enough to reason about: two owners a layer type, one sharer, a window that no block divides."""
+"""A config small enough to reason about: two kv_sources a layer type, one sharer, a window that no block divides."""
 
 import json
 from pathlib import Path

@@ -63,7 +63,7 @@ def test_a_channel_over_a_block_is_a_row_of_the_quantizer(config, spec):
 
 def test_blocks_are_turned_over_the_dims(config):
     k, v = keys_and_values(config, FULL, 16)
-    expected = hadamard.turn_back(channels_decoded("int4", hadamard.turn(k, 32), 8), 32)
+    expected = hadamard.unrotate(channels_decoded("int4", hadamard.rotate(k, 32), 8), 32)
     assert relative_l2(filled(config, "int4+had64@8", FULL, k, v).keys(FULL), expected) <= 1e-6
 
 
@@ -139,11 +139,11 @@ def test_principal_coordinates_are_stored_apart(config, spec, along):
     mean = means(k[:, 2:14])
     x = (k[:, 2:] - mean).transpose(0, 1)
     found = principal.reflectors(x[:12], 4, torch.float16)
-    turned = principal.turn(x, found)
+    turned = principal.rotate(x, found)
     # Of the 28 others a Hadamard block takes 4.
     specs = (f"{along}+had4" if "had" in spec else along), spec.replace("32", "4")
     parts = [rows_decoded(*part) for part in zip(specs, turned.split([4, 28], dim=-1), strict=True)]
-    expected = principal.turn_back(torch.cat(parts, dim=-1), found).transpose(0, 1) + mean
+    expected = principal.unrotate(torch.cat(parts, dim=-1), found).transpose(0, 1) + mean
     assert relative_l2(cache.keys(FULL)[:, 2:], expected) <= 1e-6
     row = {"int3": 11 + 4, "codebook2+had32": 7 + 2}[spec] + 4
     assert cache.nbytes == 2 * (28 * row + 2 * 32 * 4 + (1 + 4) * 32 * 2) + 2 * 30 * 32 * 2

@@ -87,18 +87,20 @@ def test_errors_are_those_that_numpy_finds(captured, layer_type, policy):
         sums[name] += np.square(actual - exact).sum(), np.square(exact).sum() if count is None else count
 
     cache, config = KVCache(captured.config, policy), captured.config
-    for owner in (s for s in config.layers if s.owns_kv and s.layer_type == layer_type):
-        keys, values = captured.keys[owner.index], captured.values[owner.index]
+    for kv_source in (s for s in config.layers if s.is_kv_source and s.layer_type == layer_type):
+        keys, values = captured.keys[kv_source.index], captured.values[kv_source.index]
         for end in range(1, TOKENS + 1):
-            cache.append(owner.index, keys[:, end - 1 : end], values[:, end - 1 : end])
+            cache.append(kv_source.index, keys[:, end - 1 : end], values[:, end - 1 : end])
             if end % step:
                 continue
-            kept = min(end, owner.sliding_window or end)
+            kept = min(end, kv_source.sliding_window or end)
             exact = [x[:, end - kept : end].double().numpy() for x in (keys, values)]
-            stored = [x[:, -kept:].double().numpy() for x in (cache.keys(owner.index), cache.values(owner.index))]
+            stored = [
+                x[:, -kept:].double().numpy() for x in (cache.keys(kv_source.index), cache.values(kv_source.index))
+            ]
             add("k", stored[0], exact[0])
             add("v", stored[1], exact[1])
-            for spec in (s for s in config.layers if s.kv_source == owner.index):
+            for spec in (s for s in config.layers if s.kv_source == kv_source.index):
                 pairs = zip(attended(captured, spec, *stored, end), attended(captured, spec, *exact, end), strict=True)
                 for (logits, output), (exact_logits, exact_output) in pairs:
                     add("logit", logits, exact_logits, len(logits))

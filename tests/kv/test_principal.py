@@ -20,7 +20,7 @@ def tokens_of(count, heads, dims, seed=0, spread=1.0):
 @pytest.mark.parametrize(("count", "dims", "directions"), [(100, 24, 1), (100, 24, 5), (30, 96, 12), (9, 8, 7)])
 def test_the_first_coordinates_are_those_along_the_principal_directions(count, dims, directions):
     x = tokens_of(count, 3, dims, spread=0.01)
-    turned = principal.turn(x, principal.reflectors(x, directions, torch.float32)).numpy()
+    turned = principal.rotate(x, principal.reflectors(x, directions, torch.float32)).numpy()
     for head in range(3):
         tokens = x[:, head].double().numpy()
         expected = tokens @ np.linalg.svd(tokens)[2][:directions].T
@@ -37,8 +37,8 @@ def test_it_is_orthogonal_whatever_it_was_made_of(data, count, heads, dims):
     found = principal.reflectors(sample, directions, torch.float16)
     assert found.shape == (heads, directions, dims)
     x = tokens_of(7, heads, dims, seed=1)
-    turned = principal.turn(x, found)
-    assert torch.allclose(principal.turn_back(turned, found), x, atol=1e-5)
+    turned = principal.rotate(x, found)
+    assert torch.allclose(principal.unrotate(turned, found), x, atol=1e-5)
     # Inner products of every two tokens of a head stay.
     products = [torch.einsum("nhd,mhd->hnm", each.double(), each.double()) for each in (x, turned)]
     assert torch.allclose(*products, atol=1e-4)

@@ -110,7 +110,7 @@ def test_what_needs_no_text_needs_no_tokenizer(without_tokenizer, run_pytest):
         ({"text": "none.txt"}, "none.txt: cannot be read as UTF-8 text"),
         ({"text": "same.txt", "calibration_text": "copy.txt"}, "calibrated on the text that is judged on"),
         ({"calibration_text": "none.txt"}, "none.txt: cannot be read as UTF-8 text"),
-        ({"moments": "none.safetensors"}, "none.safetensors"),
+        ({"hessians": "none.safetensors"}, "none.safetensors"),
         ({"resume": "same.txt"}, "cannot be made a folder to resume from"),
     ],
 )

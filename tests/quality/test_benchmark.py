@@ -104,7 +104,7 @@ def test_every_change_is_recorded_on_both_texts(finished):
         assert "layer" not in record.labels
     kv = next(record for record in records if record.labels["tensor_class"] == "kv_cache")
     assert kv.details["spec"] == "int4"
-    # Six owners, five of them sliding with a window of 6 tokens and heads of 16, the other with heads of 32.
+    # Six kv_sources, five of them sliding with a window of 6 tokens and heads of 16, the other with heads of 32.
     assert kv.details["nbytes"] + kv.metrics["saved_nbytes"] == 2 * 2 * 2 * (5 * 6 * 16 + 100 * 32)
 
 
@@ -118,7 +118,7 @@ def test_the_plan_is_told_and_states_are_kept(finished):
 def test_a_plan_alone_counts_layers_where_they_are_asked_for(options):
     status, printed = pytest_run(*options, "--by-layer", "--plan")
     assert status == 0, printed
-    # 43 changes of everything; 10 + 2 attention layers, and 12 of the MLP and the PLE projections, by six; six owners.
+    # 43 changes of everything; 10 + 2 attention layers, and 12 of the MLP and the PLE projections, by six; six sources.
     assert f"sensitivity, {1 + 43 + 6 * (10 + 2 + 12 + 12) + 6} policies" in printed
     assert "up to 4 policies more" in printed
 

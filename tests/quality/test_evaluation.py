@@ -150,7 +150,7 @@ def test_the_bytes_of_layers_are_read_once_for_all_policies(toy_checkpoint, wind
     monkeypatch.setattr(Checkpoint, "tensor", lambda self, name: read.append(name) or tensor(self, name))
     evaluate(toy_checkpoint, POLICIES, windows)
     weights = CheckpointWeights(toy_checkpoint)
-    live = {t.name for t in weights.tensors.values() if t.layer is not None and not t.dead}
+    live = {t.name for t in weights.tensors.values() if t.layer is not None and not t.unused}
     asked = [name.removeprefix("model.") for name in read if ".layers." in name]
     assert sorted(asked) == sorted(live)
 
@@ -197,15 +197,15 @@ def test_too_little_memory_for_a_single_policy_is_said(toy_checkpoint, windows, 
     assert layers_read == []
 
 
-def test_error_feedback_is_fitted_with_the_moments(toy_checkpoint, windows):
-    """With the identity for moments nothing is fed back, so it is the plain scheme; without any it is refused."""
+def test_error_feedback_is_fitted_with_the_hessians(toy_checkpoint, windows):
+    """With the identity for hessians nothing is fed back, so it is the plain scheme; without any it is refused."""
     gptq, plain = Policy.parse("ple_projections=int4+gptq"), Policy.parse("ple_projections=int4")
-    moments = {
+    hessians = {
         tensor.name: torch.eye(tensor.shape[1])
         for tensor in CheckpointWeights(toy_checkpoint).tensors.values()
         if tensor.tensor_class is TensorClass.PLE_PROJECTIONS
     }
-    ours = evaluate(toy_checkpoint, {"gptq": gptq, "plain": plain}, windows, moments=moments)
+    ours = evaluate(toy_checkpoint, {"gptq": gptq, "plain": plain}, windows, hessians=hessians)
     assert ours["gptq"].kl_divergence == pytest.approx(ours["plain"].kl_divergence, rel=1e-6)
     with pytest.raises(QuantizationError, match=r"layers\.0\.per_layer_input_gate\.weight"):
         evaluate(toy_checkpoint, {"gptq": gptq}, windows)

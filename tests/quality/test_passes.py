@@ -18,7 +18,7 @@ from epic_quant.gemma4.config import TextConfig
 from epic_quant.gemma4.tensors import TensorClass, expected_tensors
 from epic_quant.plan import plan_quality
 from epic_quant.policy import NAMED, Policy
-from epic_quant.quality import KV_CACHE, REFERENCE, Change, Variant, changes, measure, noise_floor
+from epic_quant.quality import KV_CACHE, REFERENCE, Ablation, Variant, changes, measure, noise_floor
 from epic_quant.quality.passes import Memory, passes, quantized_numel, work
 from epic_quant.quality.variants import with_reference
 
@@ -29,7 +29,7 @@ LAYER_WEIGHTS = {
     layer.index: sum(
         math.prod(tensor.shape)
         for tensor in expected_tensors(E4B)
-        if tensor.layer == layer.index and len(tensor.shape) == 2 and not tensor.dead
+        if tensor.layer == layer.index and len(tensor.shape) == 2 and not tensor.unused
     )
     for layer in E4B.layers
 }
@@ -117,7 +117,7 @@ def test_by_layer_every_layer_that_has_the_class_is_changed_alone():
     # 35 sliding and 7 full layers, 24 with K and V of their own; the two tables and the model projection are of none.
     assert layers == {"sliding_attention": 210, "full_attention": 42, "mlp": 252, "ple_projections": 252, KV_CACHE: 24}
     assert sum(change.layer is None for change in found) == 43
-    one = Change("mlp", "int4-g128", 20).variant()
+    one = Ablation("mlp", "int4-g128", 20).variant()
     assert one.at(20).specs[TensorClass.MLP] == "int4-g128"
     assert one.at(19).quantized_classes == one.policy.quantized_classes == ()
 

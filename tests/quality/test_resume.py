@@ -107,17 +107,17 @@ def test_the_state_of_another_run_is_refused_in_one_line(state, toy, toy_checkpo
     other = {**POLICIES, "mlp=int4": Policy.parse("mlp=int3")}
     others = windows.clone()
     others[1, 3] += 1
-    moments = {"layers.0.mlp.down_proj.weight": torch.eye(80)}
+    hessians = {"layers.0.mlp.down_proj.weight": torch.eye(80)}
     cases = [
         (SpecError, "of a run with other policies, which differ in mlp=int4", other, windows, None),
         (SpecError, "which differ in embedding=int4", dict(list(POLICIES.items())[:2]), windows, None),
         (TokenError, "on other windows or another text", POLICIES, others, None),
         (TokenError, "on other windows or another text", POLICIES, windows[:, :9], None),
-        (SpecError, r"whose \+gptq was fitted with other moments", POLICIES, windows, moments),
+        (SpecError, r"whose \+gptq was fitted with other Hessians", POLICIES, windows, hessians),
     ]
     for error, message, policies, ids, fitted in cases:
         with pytest.raises(error, match=message) as raised:
-            measure(toy_checkpoint, policies, ids, moments=fitted, resume=state)
+            measure(toy_checkpoint, policies, ids, hessians=fitted, resume=state)
         assert "\n" not in str(raised.value)
         assert str(state) in str(raised.value)
     with (

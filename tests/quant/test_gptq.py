@@ -1,4 +1,4 @@
-"""Error feedback."""
+"""Error compensation."""
 
 import math
 
@@ -7,14 +7,14 @@ import torch
 
 from epic_quant.errors import QuantizationError
 from epic_quant.quant import quantizer
-from epic_quant.quant.gptq import feedback_factor
+from epic_quant.quant.gptq import inverse_cholesky_factor
 
 ROWS, COLS = 96, 256
 
 
 @pytest.fixture(scope="module")
 def layer():
-    """A weight, correlated inputs [n, cols], and their second moments."""
+    """A weight, correlated inputs [n, cols], and their Hessians."""
     rng = torch.Generator().manual_seed(0)
     weight = torch.randn(ROWS, COLS, generator=rng)
     mixing = torch.randn(COLS, COLS, generator=rng) * 0.9 ** torch.arange(COLS).unsqueeze(1).div(4)
@@ -22,9 +22,9 @@ def layer():
     return weight, inputs, inputs.T @ inputs / len(inputs)
 
 
-def output_error(spec, layer, moments):
+def output_error(spec, layer, hessian):
     weight, inputs, _ = layer
-    error = quantizer(spec).quantize(weight, moments).dequantize() - weight
+    error = quantizer(spec).quantize(weight, hessian).dequantize() - weight
     return math.sqrt((inputs @ error.T).square().sum() / (inputs @ weight.T).square().sum())
 
 
@@ -61,49 +61,49 @@ def test_feedback_of_uncorrelated_inputs_is_plain_rounding(base, layer):
 
 
 def test_the_factor_is_the_root_of_the_damped_inverse(layer):
-    moments = layer[2].double()
-    factor = feedback_factor(moments).double()
-    damped = moments + 0.01 * moments.diagonal().mean() * torch.eye(COLS)
+    hessian = layer[2].double()
+    factor = inverse_cholesky_factor(hessian).double()
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(COLS)
     torch.testing.assert_close(factor.T @ factor @ damped, torch.eye(COLS).double(), atol=1e-3, rtol=0)
     assert torch.equal(factor, factor.triu())
 
 
-def test_dead_inputs_and_singular_moments_are_fine(layer):
+def test_unused_inputs_and_singular_hessians_are_fine(layer):
     weight, inputs, _ = layer
     few = inputs[:20].clone()
     few[:, 3] = 0.0
-    moments = few.T @ few / len(few)
-    decoded = quantizer("int4-g32+gptq").quantize(weight, moments).dequantize()
+    hessian = few.T @ few / len(few)
+    decoded = quantizer("int4-g32+gptq").quantize(weight, hessian).dequantize()
     assert (decoded[:, 3] - weight[:, 3]).abs().max() < 0.5
     assert quantizer("int4+gptq").quantize(weight, torch.zeros(COLS, COLS)).dequantize().isfinite().all()
 
 
-def with_nan(moments):
-    moments[0, 0] = math.nan
-    return moments
+def with_nan(hessian):
+    hessian[0, 0] = math.nan
+    return hessian
 
 
 @pytest.mark.parametrize(
-    ("moments", "message"),
+    ("hessian", "message"),
     [
-        (None, "needs the second moments"),
+        (None, "needs the Hessians"),
         (torch.eye(8), r"shape \[8, 8\].*\[256, 256\]"),
         (with_nan(torch.eye(COLS)), "NaN"),
         (torch.ones(COLS, COLS).triu(), "not symmetric"),
         (-torch.eye(COLS), "not positive semidefinite"),
     ],
 )
-def test_moments_that_do_not_fit_are_told(layer, moments, message):
+def test_hessians_that_do_not_fit_are_told(layer, hessian, message):
     with pytest.raises(QuantizationError, match=message):
-        quantizer("int4+gptq").quantize(layer[0], moments)
+        quantizer("int4+gptq").quantize(layer[0], hessian)
 
 
 def test_rows_do_not_touch_each_other(layer):
-    weight, _, moments = layer
+    weight, _, hessian = layer
     spec = quantizer("int4-g32+gptq")
     others = torch.arange(ROWS) % 7 != 3
     changed = torch.where(others.unsqueeze(1), weight.flip(0) * 3, weight)
-    whole, again = (spec.quantize(one, moments).dequantize() for one in (weight, changed))
+    whole, again = (spec.quantize(one, hessian).dequantize() for one in (weight, changed))
     assert torch.equal(whole[~others], again[~others])
     assert not torch.equal(whole[others], again[others])
 
@@ -112,7 +112,7 @@ def test_many_chunks_are_as_one_but_for_the_rounding_of_sums(layer, monkeypatch)
     """Matrix products of other shapes may add up in another order, and a code on the edge may then fall elsewhere."""
     spec = quantizer("int4-g32+gptq")
     whole = spec.quantize(layer[0], layer[2]).dequantize()
-    monkeypatch.setattr("epic_quant.quant.base._FEEDBACK_CHUNK", 10 * COLS)
+    monkeypatch.setattr("epic_quant.quant.base._COMPENSATED_CHUNK", 10 * COLS)
     parts = spec.quantize(layer[0], layer[2]).dequantize()
     assert (parts == whole).float().mean() > 0.99
     assert output_error("int4-g32+gptq", layer, layer[2]) < 0.66 * output_error("int4-g32", layer, None)

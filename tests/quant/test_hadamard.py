@@ -9,9 +9,9 @@ from epic_quant.quant import hadamard
 @pytest.mark.parametrize(("cols", "block"), [(8, 8), (48, 16), (2560, 512), (7, 1)])
 def test_turning_keeps_inner_products_and_turns_back(cols, block):
     x = torch.randn(5, cols, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    turned = hadamard.turn(x, block)
+    turned = hadamard.rotate(x, block)
     torch.testing.assert_close(turned @ turned.T, x @ x.T, atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(hadamard.turn_back(turned, block), x, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(hadamard.unrotate(turned, block), x, atol=1e-5, rtol=1e-5)
 
 
 def test_turning_is_signs_times_sylvester_blocks():
@@ -19,7 +19,7 @@ def test_turning_is_signs_times_sylvester_blocks():
     block = torch.kron(base, base) / 2
     signs = torch.tensor(SIGNS_OF_8)
     expected = torch.block_diag(block, block) * signs.unsqueeze(1)
-    torch.testing.assert_close(hadamard.turn(torch.eye(8), 4), expected)
+    torch.testing.assert_close(hadamard.rotate(torch.eye(8), 4), expected)
 
 
 # Stored weights depend on these: they must never change.
@@ -36,6 +36,6 @@ def test_the_block_is_the_largest_power_of_two_that_divides_the_row(cols, wanted
 def test_an_outlier_is_spread_over_its_block():
     x = torch.zeros(1, 512)
     x[0, 3] = 16.0
-    turned = hadamard.turn(x, 256)
+    turned = hadamard.rotate(x, 256)
     assert torch.equal(turned[0, :256].abs(), torch.ones(256))
     assert torch.equal(turned[0, 256:], torch.zeros(256))

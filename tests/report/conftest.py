@@ -21,7 +21,7 @@ def _footprint():
     for model in ("this checkpoint", "E4B"):
         for policy in POLICIES:
             parts = {"attention": attention[policy], "ple_hot": 107_520_000}
-            details = {"parts": parts, "dead_nbytes": 110_111_232}
+            details = {"parts": parts, "unused_nbytes": 110_111_232}
             if model == "E4B" and policy != "int4-g128":
                 details["published"] = {"attention": {"bf16": 1284.5, "original-1.58": 207.1}[policy], "ple_hot": 107.5}
             labels = {"policy": policy, "model": model, "column": "as published"}

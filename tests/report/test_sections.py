@@ -45,7 +45,7 @@ def findings(blocks):
     return list(dict.fromkeys(item for block in blocks if isinstance(block, Findings) for item in block.items))
 
 
-def change_records(data, subject, change):
+def ablation_records(data, subject, change):
     for entry in data["benchmarks"]:
         record = entry["extra_info"].get(JSON_KEY)
         if record and record["subject"] == subject:
@@ -91,7 +91,7 @@ def test_the_command_names_a_users_checkpoint(run_json, report):
 def test_a_record_without_a_label_is_told(section, run_json, report):
     for label in section.labels:
         data = run_json(section.subject)
-        change_records(data, section.subject, lambda _, record, label=label: record["labels"].pop(label))
+        ablation_records(data, section.subject, lambda _, record, label=label: record["labels"].pop(label))
         with pytest.raises(ReportError, match=f"{section.subject}.*lacks '{label}'"):
             report(data)
 
@@ -113,7 +113,7 @@ def test_without_values_every_number_prints_as_missing(section, run_json, report
         record["metrics"] = dict.fromkeys(record["metrics"])
         record["details"] = {}
 
-    change_records(data, section.subject, empty)
+    ablation_records(data, section.subject, empty)
     blocks = under(report(data), section.title)
     cells = [cell for block in blocks if isinstance(block, Table) for row in block.rows for cell in row[1:]]
     assert cells
@@ -181,7 +181,7 @@ def test_weights_findings_name_the_worst_and_what_is_worse_than_zeros(run_json, 
 
 def test_where_nothing_is_worse_than_zeros_the_findings_say_so(run_json, report):
     data = run_json("weights")
-    change_records(
+    ablation_records(
         data, "weights", lambda _, record: record["metrics"].update(rel_l2=min(0.99, record["metrics"]["rel_l2"]))
     )
     found = findings(report(data))
@@ -291,7 +291,7 @@ def test_the_least_error_within_each_size_leaves_out_what_is_beaten(run_json, re
 
     expected = "adds: `original-1.58` (207.0 MB, 0.900), `int4-g128` (330.0 MB, 0.100), `bf16` (1,284.5 MB, 0.00200)."
     assert any(text.endswith(expected) for text in findings(report(data)))
-    change_records(data, "block", spoil)
+    ablation_records(data, "block", spoil)
     expected = "adds: `original-1.58` (207.0 MB, 0.900), `int4-g128` (330.0 MB, 0.100)."
     assert any(text.endswith(expected) for text in findings(report(data)))
 

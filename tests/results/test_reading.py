@@ -147,7 +147,7 @@ def test_damaged_facts_are_named(name, value, named, run_json, write_json):
         {"metrics": {"no_such_metric": 1.0}},
         {"details": {"parts": [1, 2]}},
         {"details": {"published": {"mlp": "1653.4"}}},
-        {"details": {"dead_nbytes": "110"}},
+        {"details": {"unused_nbytes": "110"}},
     ],
     ids=str,
 )

@@ -9,7 +9,7 @@ from typing import Any
 from epic_quant.records import METRICS, Metric
 from epic_quant.report.blocks import Block, Bullets, Heading, Paragraph, Table, code
 from epic_quant.report.formatting import MISSING, change, with_unit
-from epic_quant.results.comparison import TIME_NOISE, Change, Comparison, Measured, is_time
+from epic_quant.results.comparison import TIME_NOISE, Ablation, Comparison, Measured, is_time
 
 _DIGITS = 4
 # What a reader looks for first comes first.
@@ -22,7 +22,7 @@ def blocks(compared: Comparison) -> list[Block]:
     found: list[Block] = [*_differences(compared), Paragraph(_times(compared))]
     found += _alone("Only the baseline measured these:", compared.only_before)
     found += _alone("Only this run measured these:", compared.only_now)
-    by_metric: dict[Metric, list[Change]] = defaultdict(list)
+    by_metric: dict[Metric, list[Ablation]] = defaultdict(list)
     for one in compared.changes:
         by_metric[one.metric].append(one)
     ordered = [metric for metric in METRICS.values() if metric in by_metric]
@@ -95,7 +95,7 @@ def _alone(title: str, things: Iterable[Measured]) -> list[Block]:
     return [Paragraph(title), Bullets(items)] if items else []
 
 
-def _first_worst(one: Change) -> tuple[int, float]:
+def _first_worst(one: Ablation) -> tuple[int, float]:
     return _ORDER.index(one.verdict), -abs(one.relative or 0)
 
 
@@ -107,7 +107,7 @@ def _meaning(metric: Metric) -> str:
     return f"{metric.meaning[0].upper()}{metric.meaning[1:]}; {metric.better} is better."
 
 
-def _table(moved: Iterable[Change]) -> Table:
+def _table(moved: Iterable[Ablation]) -> Table:
     rows = (
         (
             one.subject,
@@ -122,9 +122,9 @@ def _table(moved: Iterable[Change]) -> Table:
     return Table(("subject", "of", "is", "baseline", "this run", "change"), tuple(rows), num_text_columns=3)
 
 
-def _what(one: Change) -> str:
+def _what(one: Ablation) -> str:
     return f"{one.subject} {code(where(one.labels))}" if one.labels else one.subject
 
 
-def _value(one: Change, value: float | None) -> str:
+def _value(one: Ablation, value: float | None) -> str:
     return with_unit(one.metric, value, _DIGITS)

@@ -23,9 +23,9 @@ def blocks(run: Run) -> list[Block]:
     for model in run.labels("footprint", "model"):
         for column in run.labels("footprint", "column", model=model):
             found += [Heading(3, f"{model}, {column}, MB"), _table(run, model, column)]
-        dead = [record.details.get("dead_nbytes") for record in run.select("footprint", model=model)]
+        unused = [record.details.get("unused_nbytes") for record in run.select("footprint", model=model)]
         # The figure is of the model, so all records that have it have the same.
-        nbytes = next((value for value in dead if value is not None), None)
+        nbytes = next((value for value in unused if value is not None), None)
         found.append(Paragraph(f"K and V projections that no layer reads, in bf16: {megabytes(nbytes)} MB."))
     return found
 

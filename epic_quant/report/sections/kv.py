@@ -116,7 +116,7 @@ def divergence_findings(run: Run) -> list[str]:
 
 
 def bytes_blocks(run: Run) -> list[Block]:
-    """For each model MB by policy and length, the owners' and all layers'; then the original's claim and the truth."""
+    """For each model MB by policy and length, of KV source layers and of all; then the claim of the original."""
     found: list[Block] = [
         Paragraph(
             "Layers that share K and V store none. Counting all layers as if each stored its own is what a formula "
@@ -150,10 +150,10 @@ def bytes_findings(run: Run) -> list[str]:
     for model in run.labels("kv_bytes", "model"):
         longest = _lengths(run, model)[-1]
         for record in run.select("kv_bytes", model=model, tokens=longest, kv_policy=REFERENCE):
-            owners, all_layers = record.metrics.get("nbytes"), _detail(record, "all_layers_nbytes")
-            if (ratio := times(all_layers, owners)) != MISSING:
+            kv_sources, all_layers = record.metrics.get("nbytes"), _detail(record, "all_layers_nbytes")
+            if (ratio := times(all_layers, kv_sources)) != MISSING:
                 found.append(
-                    f"KV cache of {model} at {int(longest):,} tokens in {code(REFERENCE)}: {megabytes(owners)} MB; "
+                    f"KV cache of {model} at {int(longest):,} tokens in {code(REFERENCE)}: {megabytes(kv_sources)} MB; "
                     f"counting all layers would say {megabytes(all_layers)} MB, {ratio}."
                 )
     for layer_type in (SLIDING, FULL):

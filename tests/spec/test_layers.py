@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from epic_quant.errors import SpecError
-from epic_quant.layers import format_layers, parse_layers
+from epic_quant.spec.layers import format_layers, parse_layers
 
 
 @given(st.sets(st.integers(0, 200), min_size=1))

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from epic_quant.plugin import ending
-from epic_quant.plugin.ending import by_first_label, every_record
+from epic_quant.plugin import outcome
 from epic_quant.plugin.journal import Measured
+from epic_quant.plugin.outcome import by_first_label, every_record
 from epic_quant.records import JSON_KEY, Record
 from epic_quant.report import terminal
 from epic_quant.results.reading import read_run
@@ -131,14 +131,14 @@ def test_saving_and_comparing_are_pytest_benchmarks_own(footprint, tmp_path):
 
 
 def configure(**options):
-    """Configure the ending as pytest would, with these options."""
+    """Configure the outcome as pytest would, with these options."""
     given = {"fail_if": [], "baseline": None, "report": None, "benchmark_disable": False} | options
     config = SimpleNamespace(
         option=argparse.Namespace(**given),
         stash=pytest.Stash(),
         getoption=lambda name, default=None: given.get(name, default),
     )
-    ending.pytest_configure(config)
+    outcome.pytest_configure(config)
 
 
 @pytest.mark.parametrize(

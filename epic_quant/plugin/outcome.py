@@ -32,7 +32,7 @@ _HEADLINE = "kl_divergence"
 
 
 @dataclass
-class Ending:
+class Outcome:
     """What is asked of the end of a run, and what came of it."""
 
     conditions: Sequence[Condition]
@@ -43,7 +43,7 @@ class Ending:
     saved: bool = False
 
 
-_ENDING = pytest.StashKey[Ending]()
+_OUTCOME = pytest.StashKey[Outcome]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -60,7 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
             _check_folder(options.report)
     except EpicQuantError as error:
         pytest.exit(str(error), returncode=2)
-    config.stash[_ENDING] = Ending(conditions, older)
+    config.stash[_OUTCOME] = Outcome(conditions, older)
 
 
 def _check_folder(folder: Path) -> None:
@@ -85,46 +85,46 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
         output_json[JSON_KEY] = _facts(config)
     for entry in output_json["benchmarks"]:
         entry["stats"].pop("data", None)
-    config.stash[_ENDING].saved = True
+    config.stash[_OUTCOME].saved = True
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Judge the run and make its report; pytest-benchmark has written its JSON by now."""
     config = session.config
-    journal, ending = journal_of(config), config.stash[_ENDING]
+    journal, outcome = journal_of(config), config.stash[_OUTCOME]
     if journal.writer is not None:
         journal.writer.close()
         # What has no JSON keeps its records.
-        if ending.saved or not journal.records:
+        if outcome.saved or not journal.records:
             journal.writer.path.unlink(missing_ok=True)
     options = config.option
-    asked = ending.conditions or ending.baseline is not None or options.report is not None
+    asked = outcome.conditions or outcome.baseline is not None or options.report is not None
     if not asked or options.plan or options.collectonly or is_distributed(config):
         return
     try:
         if not journal.planned:
             raise ReportError("no benchmark was run that --fail-if, --baseline or --report could be of")
-        _end(config, ending)
+        _end(config, outcome)
     except EpicQuantError as error:
-        ending.error = str(error)
+        outcome.error = str(error)
     if exitstatus == pytest.ExitCode.OK:
-        if ending.error is not None:
+        if outcome.error is not None:
             session.exitstatus = 2
-        elif any(one.fails for one in ending.judged):
+        elif any(one.fails for one in outcome.judged):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def _end(config: pytest.Config, ending: Ending) -> None:
+def _end(config: pytest.Config, outcome: Outcome) -> None:
     options = config.option
     run = _measured(config)
-    ending.judged = judge(ending.conditions, run, ending.baseline, times=options.compare_times)
+    outcome.judged = judge(outcome.conditions, run, outcome.baseline, times=options.compare_times)
     compared = None
-    if ending.baseline is not None:
-        compared = compare(run, ending.baseline, times=options.compare_times)
-        ending.lines += [line.replace("`", "") for line in baseline_section.findings(compared)]
+    if outcome.baseline is not None:
+        compared = compare(run, outcome.baseline, times=options.compare_times)
+        outcome.lines += [line.replace("`", "") for line in baseline_section.findings(compared)]
     if options.report is not None:
-        blocks = comparison(run, compared, ending.judged)
-        ending.lines += [f"report: {path}" for path in write_report(run, blocks, options.report)]
+        blocks = comparison(run, compared, outcome.judged)
+        outcome.lines += [f"report: {path}" for path in write_report(run, blocks, options.report)]
 
 
 def _measured(config: pytest.Config) -> Run:
@@ -151,9 +151,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
     It stands below pytest-benchmark's table of times, which may be long.
     """
-    records, ending = journal_of(config).records, config.stash[_ENDING]
+    records, outcome = journal_of(config).records, config.stash[_OUTCOME]
     reason = untimed(config)
-    if records or (reason and runs_benchmarks(config)) or ending.error:
+    if records or (reason and runs_benchmarks(config)) or outcome.error:
         terminalreporter.write_sep("=", "epic_quant")
     if reason and (records or runs_benchmarks(config)):
         what = "nothing was measured" if is_distributed(config) else "nothing was timed"
@@ -162,22 +162,22 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         table = every_record(records) if config.get_verbosity() > 0 else by_first_label(records)
         terminalreporter.write_line(terminal.render(table))
         terminalreporter.write_line("")
-    if ending.judged:
-        failed = any(one.fails for one in ending.judged)
-        terminalreporter.write_line(limits.told(ending.judged), red=failed, green=not failed)
+    if outcome.judged:
+        failed = any(one.fails for one in outcome.judged)
+        terminalreporter.write_line(limits.told(outcome.judged), red=failed, green=not failed)
     writer = journal_of(config).writer
     if writer is not None and writer.error is not None:
         terminalreporter.write_line(f"{writer.error}; it lacks what was measured since", yellow=True)
-    if ending.error is not None:
-        terminalreporter.write_line(f"error: {ending.error}", red=True)
-    for line in [*ending.lines, *_ways_on(config, ending)]:
+    if outcome.error is not None:
+        terminalreporter.write_line(f"error: {outcome.error}", red=True)
+    for line in [*outcome.lines, *_ways_on(config, outcome)]:
         terminalreporter.write_line(line)
 
 
-def _ways_on(config: pytest.Config, ending: Ending) -> Iterable[str]:
+def _ways_on(config: pytest.Config, outcome: Outcome) -> Iterable[str]:
     """The path of the JSON, and the command that makes a report where none was made."""
     output, options = config.getoption("benchmark_json", None), config.option
-    if output is None or not ending.saved:
+    if output is None or not outcome.saved:
         return
     yield f"JSON: {output}"
     if options.report is None:

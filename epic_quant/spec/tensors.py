@@ -1,0 +1,42 @@
+"""What a policy can give a spec to: classes of tensors, kinds of tensors within a class, and layers of either."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import NamedTuple
+
+
+class TensorClass(StrEnum):
+    """What a policy gives one spec to. Every text tensor of two dims is in exactly one class."""
+
+    SLIDING_ATTENTION = "sliding_attention"
+    FULL_ATTENTION = "full_attention"
+    MLP = "mlp"
+    PLE_PROJECTIONS = "ple_projections"
+    PLE_MODEL_PROJECTION = "ple_model_projection"
+    PLE_TABLE = "ple_table"
+    EMBEDDING = "embedding"
+
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+# The kinds of tensors that a layer has of a class: the last part of their name, without `.weight`. Classes that are in
+# no layer are one tensor.
+KINDS: Mapping[TensorClass, tuple[str, ...]] = {
+    TensorClass.SLIDING_ATTENTION: _ATTENTION,
+    TensorClass.FULL_ATTENTION: _ATTENTION,
+    TensorClass.MLP: ("gate_proj", "up_proj", "down_proj"),
+    TensorClass.PLE_PROJECTIONS: ("per_layer_input_gate", "per_layer_projection"),
+    TensorClass.PLE_MODEL_PROJECTION: (),
+    TensorClass.PLE_TABLE: (),
+    TensorClass.EMBEDDING: (),
+}
+
+
+class Target(NamedTuple):
+    """Tensors of a class: all of them, one kind (`down_proj`), one layer's, or one kind in one layer."""
+
+    tensor_class: TensorClass
+    kind: str | None = None
+    layer: int | None = None

@@ -1,0 +1,115 @@
+"""`WeightSpec`: the format that a matrix is stored in, and its options."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+from epic_quant.errors import SpecError, unknown
+from epic_quant.spec.formats import FORMATS, FormatInfo
+
+MAX_HADAMARD_BLOCK = 4096
+
+_NUMBER = "[1-9][0-9]{0,8}"
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """`FORMAT[-gGROUP][+hadBLOCK][+gptq]`: a storage format and its options.
+
+    `group_size` is how many weights of a row share a scale; None is one scale a row. `hadamard_block` is the block of
+    the Hadamard transform that rotates rows before they are quantized; 0 is no rotation. `gptq` compensates the error
+    of a column in the columns that follow. Raises SpecError for an unknown format and for options that it cannot have.
+    """
+
+    format: str
+    group_size: int | None = None
+    hadamard_block: int = 0
+    gptq: bool = False
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise SpecError(unknown("format", self.format, FORMATS))
+        if self.info.is_plain and (self.group_size is not None or self.hadamard_block or self.gptq):
+            raise SpecError(f"{self.format} stores values as they are: it takes no group, Hadamard block or gptq")
+        if self.group_size is not None and self.group_size < 1:
+            raise SpecError(f"the group size is {self.group_size}; expected 1 or more")
+        if self.hadamard_block.bit_count() > 1 or not 0 <= self.hadamard_block <= MAX_HADAMARD_BLOCK:
+            raise SpecError(
+                f"the Hadamard block is {self.hadamard_block}; expected a power of two up to {MAX_HADAMARD_BLOCK}"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> WeightSpec:
+        """Read a spec; `str` is the inverse. Raises SpecError for any other text, with the near names."""
+        head, *stages = text.split("+")
+        format_name, options = split_format(head, FORMATS)
+        group = take(options, f"g({_NUMBER})")
+        block = take(stages, f"had({_NUMBER})")
+        gptq = take(stages, "(gptq)")
+        refuse_rest(text, format_name, options, ["gGROUP"], stages, ["hadBLOCK", "gptq"])
+        return cls(format_name, int(group) if group else None, int(block) if block else 0, gptq is not None)
+
+    def __str__(self) -> str:
+        group = "" if self.group_size is None else f"-g{self.group_size}"
+        rotated = f"+had{self.hadamard_block}" if self.hadamard_block else ""
+        return self.format + group + rotated + ("+gptq" if self.gptq else "")
+
+    @property
+    def info(self) -> FormatInfo:
+        """The format's row in the table."""
+        return FORMATS[self.format]
+
+    @property
+    def without_gptq(self) -> WeightSpec:
+        """The same storage, rounded plainly: as many bytes, and no Hessian needed."""
+        return replace(self, gptq=False)
+
+    @property
+    def without_group(self) -> WeightSpec:
+        """The same with one scale a row: what specs are compared at whose groups follow from the rows' lengths."""
+        return replace(self, group_size=None)
+
+    def group_of(self, num_cols: int) -> int:
+        """Weights that share a scale in rows of `num_cols`; a row shorter than the group is one."""
+        return min(self.group_size or num_cols, num_cols)
+
+    def fits(self, num_cols: int) -> bool:
+        """Whether rows of `num_cols` weights fall into whole groups."""
+        return num_cols % self.group_of(num_cols) == 0
+
+
+BF16 = WeightSpec("bf16")
+
+
+def split_format(head: str, names: Collection[str]) -> tuple[str, list[str]]:
+    """A format's name and its options: the longest name that begins `head`, since a name may hold a dash itself.
+
+    Raises SpecError where there is none.
+    """
+    found = [name for name in names if head == name or head.startswith(f"{name}-")]
+    if not found:
+        raise SpecError(unknown("format", re.sub(f"-[a-z]{_NUMBER}$", "", head), names))
+    name = max(found, key=len)
+    return name, head[len(name) :].split("-")[1:]
+
+
+def take(words: list[str], pattern: str) -> str | None:
+    """What the first word holds of `pattern`, and takes it off the list; None where it does not match."""
+    match = re.fullmatch(pattern, words[0]) if words else None
+    if match is None:
+        return None
+    words.pop(0)
+    return match[1]
+
+
+def refuse_rest(
+    text: str, format_name: str, options: list[str], known: list[str], stages: list[str], known_stages: list[str]
+) -> None:
+    """Raise SpecError where options or stages are left over that nothing took."""
+    if options:
+        raise SpecError(f"{unknown(f'option of {format_name}', options[0], known)} (in {text!r})")
+    if stages:
+        said = unknown("stage", stages[0], known_stages)
+        raise SpecError(f"{said}; stages stand in that order, each at most once (in {text!r})")
