@@ -113,7 +113,9 @@ class Dense:
     """K and V of one layer in preallocated bf16, to which any other way of storing them is compared."""
 
     def __init__(self, spec, tokens):
-        self.k, self.v = torch.empty(2, spec.num_kv_heads, tokens, spec.head_dim, dtype=torch.bfloat16)
+        self.k, self.v = torch.empty(
+            2, spec.attention.num_kv_heads, tokens, spec.attention.head_dim, dtype=torch.bfloat16
+        )
         self.tokens = 0
 
     def append(self, k, v):
@@ -142,11 +144,11 @@ def test_kv(kv_policy, layer_type, run, captured, errors, record, benchmark):
     spec = first_kv_source(run.config, layer_type)
     k, v = (kept[spec.index].bfloat16() for kept in (captured.keys, captured.values))
     tokens = k.shape[1]
-    kept = min(tokens, spec.sliding_window or tokens)
+    kept = min(tokens, spec.attention.sliding_window or tokens)
     stored = Stored(run.config, kv_policy, spec.index)
     stored.append(k, v)
     nbytes = stored.cache.layer_nbytes(spec.index) / kept
-    values = 2 * spec.num_kv_heads * spec.head_dim
+    values = 2 * spec.attention.num_kv_heads * spec.attention.head_dim
 
     error = errors(kv_policy, layer_type)
     assert all(map(math.isfinite, astuple(error))), error
@@ -209,9 +211,9 @@ def published():
     figures |= {f"{FULL}_claimed": PUBLISHED["full_ratio_claimed"]}
     for layer_type, (rotated_bits, other_bits) in ORIGINAL_BITS.items():
         spec = first_kv_source(E4B, layer_type)
-        rotated = len(rotated_dims(spec))
-        bits = rotated * rotated_bits + (spec.head_dim - rotated) * other_bits
-        figures[f"{layer_type}_arithmetic"] = 16 * spec.head_dim / bits
+        rotated = len(rotated_dims(spec.attention))
+        bits = rotated * rotated_bits + (spec.attention.head_dim - rotated) * other_bits
+        figures[f"{layer_type}_arithmetic"] = 16 * spec.attention.head_dim / bits
     return figures
 
 

@@ -94,13 +94,13 @@ def _layers(config: TextConfig) -> Iterator[str]:
     """Layer types, and who owns and who shares K and V."""
     for layer_type in sorted({layer.layer_type for layer in config.layers}, reverse=True):
         layers = [layer for layer in config.layers if layer.layer_type == layer_type]
-        first = layers[0]
-        window = "" if first.sliding_window is None else f", window {first.sliding_window}"
+        attention = layers[0].attention
+        window = "" if attention.sliding_window is None else f", window {attention.sliding_window}"
         kv_sources = [layer.index for layer in layers if layer.is_kv_source]
         sharers = [layer.index for layer in layers if not layer.is_kv_source]
         yield (
-            f"{layer_type}: {len(layers)} layers, {first.num_heads} query and {first.num_kv_heads} KV heads "
-            f"of {first.head_dim}{window}"
+            f"{layer_type}: {len(layers)} layers, {attention.num_heads} query and {attention.num_kv_heads} KV heads "
+            f"of {attention.head_dim}{window}"
         )
         yield f"  layers {_ranges([layer.index for layer in layers])}"
         yield f"  K and V owned by {_ranges(kv_sources)}"

@@ -113,7 +113,8 @@ def _seconds_a_multiplication(config: TextConfig, window_tokens: int) -> float:
         kv = ForwardKV(config)
         decoder_block(hidden, weights, spec, config=config, ple=ple, rope=rope, blocked=blocked, kv=kv)
 
-    attention = 2 * num_scores(spec, tokens) * spec.num_heads * spec.head_dim
+    attention = 2 * num_scores(spec.attention.sliding_window, tokens)
+    attention *= spec.attention.num_heads * spec.attention.head_dim
     return _seconds(run) / (windows * (tokens * layer_numel(config)[spec.index] + attention))
 
 

@@ -54,7 +54,7 @@ def test_the_output_error_from_hessians_is_that_of_the_inputs():
 
 
 def test_the_file_names_the_checkpoint_and_the_text(hessians, toy_checkpoint, text, tmp_path):
-    assert Hessians.text_sha256 == hashlib.sha256(text.read_bytes()).hexdigest()
+    assert hessians.text_sha256 == hashlib.sha256(text.read_bytes()).hexdigest()
     assert hessians.num_tokens == WINDOWS.numel()
     stored = load_file(tmp_path / "hessians.safetensors")
     assert set(stored) == set(hessians)

@@ -100,12 +100,12 @@ def _attention(x: Tensor, layer: _Layer, spec: LayerSpec, rope: RopeTable, block
     batch, tokens, _ = x.shape
 
     def heads(name: str, count: int) -> Tensor:  # [B, count, S, D]
-        return layer.linear(x, name).view(batch, tokens, count, spec.head_dim).transpose(1, 2)
+        return layer.linear(x, name).view(batch, tokens, count, spec.attention.head_dim).transpose(1, 2)
 
-    q = rotate(layer.norm(heads("self_attn.q_proj", spec.num_heads), "self_attn.q_norm"), rope)
+    q = rotate(layer.norm(heads("self_attn.q_proj", spec.attention.num_heads), "self_attn.q_norm"), rope)
     if spec.is_kv_source:
-        k = rotate(layer.norm(heads("self_attn.k_proj", spec.num_kv_heads), "self_attn.k_norm"), rope)
-        v = rms_norm(heads("self_attn.v_proj", spec.num_kv_heads), None, layer.eps)
+        k = rotate(layer.norm(heads("self_attn.k_proj", spec.attention.num_kv_heads), "self_attn.k_norm"), rope)
+        v = rms_norm(heads("self_attn.v_proj", spec.attention.num_kv_heads), None, layer.eps)
         k, v = kv.write(spec, k, v)  # [B, num_kv_heads, K, D]
     else:
         k, v = kv.read(spec)
@@ -113,7 +113,7 @@ def _attention(x: Tensor, layer: _Layer, spec: LayerSpec, rope: RopeTable, block
     blocked = blocked[:, -k.shape[-2] :]  # the K newest
     mixed = [
         _attention_output(q[:, :, queries], k[:, :, keys], v[:, :, keys], blocked[queries, keys])
-        for queries, keys in query_blocks(spec, tokens, k.shape[-2])
+        for queries, keys in query_blocks(spec.attention.sliding_window, tokens, k.shape[-2])
     ]
     return layer.linear(torch.cat(mixed, dim=1), "self_attn.o_proj")
 
@@ -130,7 +130,7 @@ def _attention_output(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tenso
     return mixed.view(batch, num_heads, tokens, head_dim).transpose(1, 2).flatten(2)
 
 
-def query_blocks(spec: LayerSpec, tokens: int, keys: int) -> Iterator[tuple[slice, slice]]:
+def query_blocks(sliding_window: int | None, tokens: int, keys: int) -> Iterator[tuple[slice, slice]]:
     """Which of `tokens` queries attend together, and of `keys` keys those that any of them sees.
 
     The last key is the last query's own; there are at least as many keys as queries. Causality and the window leave
@@ -138,7 +138,7 @@ def query_blocks(spec: LayerSpec, tokens: int, keys: int) -> Iterator[tuple[slic
     `_KEYS`, so that a softmax adds a row up in the order in which it would add up the whole one: blocked keys are 0 in
     it, and what remains stays in its lanes.
     """
-    window = keys if spec.sliding_window is None else spec.sliding_window
+    window = keys if sliding_window is None else sliding_window
     step = min(-(-window // _KEYS) * _KEYS, _BLOCK_QUERIES)
     own = keys - tokens  # of the first query
     for first in range(0, tokens, step):
@@ -147,11 +147,11 @@ def query_blocks(spec: LayerSpec, tokens: int, keys: int) -> Iterator[tuple[slic
         yield slice(first, last), slice(oldest, min(-(-(own + last) // _KEYS) * _KEYS, keys))
 
 
-def num_scores(spec: LayerSpec, tokens: int) -> int:
+def num_scores(sliding_window: int | None, tokens: int) -> int:
     """Scores that a head computes for a text of `tokens` from its start, blocked ones among them."""
     return sum(
         (queries.stop - queries.start) * (keys.stop - keys.start)
-        for queries, keys in query_blocks(spec, tokens, tokens)
+        for queries, keys in query_blocks(sliding_window, tokens, tokens)
     )
 
 

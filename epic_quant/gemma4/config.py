@@ -13,20 +13,41 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 @dataclass(frozen=True)
-class LayerSpec:
-    """The shape of one decoder layer, and whose K and V it attends to."""
+class Rope:
+    """The frequencies by which a head's dims are rotated with position."""
 
-    index: int
-    layer_type: str  # "sliding_attention" or "full_attention"
+    theta: float
+    rotated_pairs: int  # of the head's head_dim / 2 frequency pairs, the first so many rotate with position
+    factor: float = 1.0  # divides every frequency
+
+
+@dataclass(frozen=True)
+class GroupedQueryAttention:
+    """Attention in which groups of query heads share a KV head."""
+
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    intermediate_size: int
     sliding_window: int | None  # keys a token sees, itself included; None on full layers
-    rope_theta: float
-    rotated_pairs: int  # of the head's head_dim / 2 frequency pairs, the first so many turn with position
-    rope_factor: float  # divides every frequency
-    kv_source: int  # the layer whose K and V this one reads; its own index where it owns them
+    rope: Rope
+
+
+@dataclass(frozen=True)
+class DenseMLP:
+    """A gated MLP that every token goes through."""
+
+    intermediate_size: int
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One decoder layer: what its parts are, and whose K and V it attends to."""
+
+    index: int
+    layer_type: str  # "sliding_attention" or "full_attention"
+    attention: GroupedQueryAttention
+    mlp: DenseMLP
+    kv_source: int  # the layer whose K and V this one reads; its own index where it computes them
 
     @property
     def is_kv_source(self) -> bool:
@@ -181,7 +202,7 @@ def _layers(text: _Fields) -> tuple[LayerSpec, ...]:
     )
     # One set of RoPE frequencies serves all layers of a type, and so does a shared K.
     for layer_type in (SLIDING, FULL):
-        shapes = {(s.head_dim, s.num_kv_heads) for s in specs if s.layer_type == layer_type}
+        shapes = {(s.attention.head_dim, s.attention.num_kv_heads) for s in specs if s.layer_type == layer_type}
         if len(shapes) > 1:
             raise ConfigError(f"{layer_type} layers differ in (head_dim, num_key_value_heads): {sorted(shapes)}")
     return specs
@@ -196,43 +217,38 @@ def _layer(text: _Fields, index: int, layer_type: str, kv_source: int, override:
     if head_dim % 2:
         raise ConfigError(f"the head_dim of layer {index} is {head_dim}; RoPE needs an even one")
     wide = bool(text["use_double_wide_mlp"]) and kv_source != index
-    rope = text.object("rope_parameters").object(layer_type)
-    rotated_pairs, rope_factor = _rotary(rope, head_dim, layer_type)
-    return LayerSpec(
-        index=index,
-        layer_type=layer_type,
+    attention = GroupedQueryAttention(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        intermediate_size=text.integer("intermediate_size") * (2 if wide else 1),
         sliding_window=text.integer("sliding_window") if layer_type == SLIDING else None,
-        rope_theta=rope.number("rope_theta"),
-        rotated_pairs=rotated_pairs,
-        rope_factor=rope_factor,
-        kv_source=kv_source,
+        rope=_rope(text.object("rope_parameters").object(layer_type), head_dim, layer_type),
     )
+    mlp = DenseMLP(text.integer("intermediate_size") * (2 if wide else 1))
+    return LayerSpec(index, layer_type, attention, mlp, kv_source)
 
 
-def _rotary(rope: _Fields, head_dim: int, layer_type: str) -> tuple[int, float]:
-    """How many frequency pairs turn, and what divides their frequencies: `transformers`' modeling_rope_utils."""
+def _rope(rope: _Fields, head_dim: int, layer_type: str) -> Rope:
+    """Which frequency pairs rotate, and by what: `transformers`' modeling_rope_utils."""
+    theta = rope.number("rope_theta")
     if rope["rope_type"] == "default":
-        return head_dim // 2, 1.0
+        return Rope(theta, head_dim // 2)
     if rope["rope_type"] != "proportional":
         raise ConfigError(f"rope_type of {layer_type} is {rope['rope_type']!r}; expected 'default' or 'proportional'")
     proportion = rope.number("partial_rotary_factor") if "partial_rotary_factor" in rope else 1.0
     if proportion > 1:
         raise ConfigError(f"partial_rotary_factor of {layer_type} is {proportion}; expected at most 1")
-    return int(proportion * head_dim // 2), rope.number("factor") if "factor" in rope else 1.0
+    return Rope(theta, int(proportion * head_dim // 2), rope.number("factor") if "factor" in rope else 1.0)
 
 
 def _kv_source(index: int, layer_types: list[str], num_kv_sources: int) -> int:
-    """A KV source layer's own index; for a sharing layer the last kv_source of its type."""
+    """The layer's own index where it is a KV source; for a sharing layer the last source of its type."""
     if index < num_kv_sources:
         return index
-    for kv_source in reversed(range(num_kv_sources)):
-        if layer_types[kv_source] == layer_types[index]:
-            return kv_source
-    raise ConfigError(f"layer {index} shares the K and V of a {layer_types[index]} layer, but no such layer owns any")
+    for source in reversed(range(num_kv_sources)):
+        if layer_types[source] == layer_types[index]:
+            return source
+    raise ConfigError(f"layer {index} shares the K and V of a {layer_types[index]} layer, but no such layer has any")
 
 
 def _overrides(text: _Fields, layer_types: list[str]) -> Mapping[int, Mapping[str, int]]:

@@ -62,7 +62,7 @@ class ForwardKV:
         return self._shared[spec.kv_source]
 
     def _through(self, cache: KVStore, spec: LayerSpec, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        layer, window, tokens = spec.index, spec.sliding_window, k.shape[-2]
+        layer, window, tokens = spec.index, spec.attention.sliding_window, k.shape[-2]
         total = self._start + tokens
         if window is None or tokens == 1 or total <= window:
             cache.append(layer, k, v)

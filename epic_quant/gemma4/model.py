@@ -153,7 +153,10 @@ def per_layer_inputs(weights: Weights, token_ids: Tensor, embedded: Tensor) -> T
 
 def rope_tables(config: TextConfig, positions: Tensor, dtype: torch.dtype) -> dict[str, RopeTable]:
     """The RoPE table of each layer type for positions [S]; layers of a type share one."""
-    return {layer_type: rope_table(spec, positions, dtype) for layer_type, spec in _one_of_each_type(config).items()}
+    return {
+        layer_type: rope_table(spec.attention, positions, dtype)
+        for layer_type, spec in _one_of_each_type(config).items()
+    }
 
 
 def attention_masks(config: TextConfig, tokens: int, start: int = 0) -> dict[str, Tensor]:
@@ -166,8 +169,8 @@ def attention_masks(config: TextConfig, tokens: int, start: int = 0) -> dict[str
     masks = {}
     for layer_type, spec in _one_of_each_type(config).items():
         blocked = key > query
-        if spec.sliding_window is not None:
-            blocked = blocked | (query - key >= spec.sliding_window)
+        if spec.attention.sliding_window is not None:
+            blocked = blocked | (query - key >= spec.attention.sliding_window)
         masks[layer_type] = blocked
     return masks
 

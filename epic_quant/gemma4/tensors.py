@@ -92,8 +92,8 @@ def _globals(config: TextConfig) -> Iterator[TextTensor]:
 
 
 def _layer(config: TextConfig, spec: LayerSpec) -> Iterator[TextTensor]:
-    hidden, wide, ple = config.hidden_size, spec.intermediate_size, config.ple_dim
-    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    hidden, wide, ple = config.hidden_size, spec.mlp.intermediate_size, config.ple_dim
+    q, kv = spec.attention.num_heads * spec.attention.head_dim, spec.attention.num_kv_heads * spec.attention.head_dim
     attention = TensorClass(spec.layer_type)
 
     def tensor(name: str, tensor_class: TensorClass | None, *shape: int, unused: bool = False) -> TextTensor:
@@ -104,8 +104,8 @@ def _layer(config: TextConfig, spec: LayerSpec) -> Iterator[TextTensor]:
     yield tensor("self_attn.k_proj.weight", attention, kv, hidden, unused=not spec.is_kv_source)
     yield tensor("self_attn.v_proj.weight", attention, kv, hidden, unused=not spec.is_kv_source)
     yield tensor("self_attn.o_proj.weight", attention, hidden, q)
-    yield tensor("self_attn.q_norm.weight", None, spec.head_dim)
-    yield tensor("self_attn.k_norm.weight", None, spec.head_dim, unused=not spec.is_kv_source)
+    yield tensor("self_attn.q_norm.weight", None, spec.attention.head_dim)
+    yield tensor("self_attn.k_norm.weight", None, spec.attention.head_dim, unused=not spec.is_kv_source)
     yield tensor("post_attention_layernorm.weight", None, hidden)
     yield tensor("pre_feedforward_layernorm.weight", None, hidden)
     yield tensor("mlp.gate_proj.weight", TensorClass.MLP, wide, hidden)

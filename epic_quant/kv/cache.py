@@ -77,7 +77,7 @@ class KVCache:
     def bits_per_value(self) -> float:
         """Bits stored for every number that `keys` and `values` give. Raises CacheError while it is empty."""
         values = sum(
-            2 * spec.num_kv_heads * self._stores[spec.index].kept * spec.head_dim
+            2 * spec.attention.num_kv_heads * self._stores[spec.index].kept * spec.attention.head_dim
             for spec in self._specs
             if spec.is_kv_source
         )
@@ -97,8 +97,12 @@ class KVCache:
         return store
 
     def _check(self, what: str, x: Tensor, spec: LayerSpec) -> None:
-        expected = f"[{spec.num_kv_heads}, tokens, {spec.head_dim}]"
-        if x.dim() != 3 or (x.shape[0], x.shape[2]) != (spec.num_kv_heads, spec.head_dim) or x.shape[1] == 0:
+        expected = f"[{spec.attention.num_kv_heads}, tokens, {spec.attention.head_dim}]"
+        if (
+            x.dim() != 3
+            or (x.shape[0], x.shape[2]) != (spec.attention.num_kv_heads, spec.attention.head_dim)
+            or x.shape[1] == 0
+        ):
             raise CacheError(f"{what} of layer {spec.index} is of shape {list(x.shape)}; expected {expected}")
         if x.dtype != self.dtype:
             raise CacheError(f"{what} of layer {spec.index} is {x.dtype}; this cache's dtype is {self.dtype}")

@@ -60,7 +60,7 @@ def capture(weights: Weights, token_ids: Tensor) -> Captured:
     for spec in config.layers:
         layer = weights.layer(spec.index)
         hidden = forward.layer(hidden, layer, spec, observe)
-        heads = projected["q"][0].view(-1, spec.num_heads, spec.head_dim).transpose(0, 1)
+        heads = projected["q"][0].view(-1, spec.attention.num_heads, spec.attention.head_dim).transpose(0, 1)
         heads = rms_norm(heads, layer["self_attn.q_norm.weight"], config.rms_norm_eps)
         queries[spec.index] = rotate(heads, forward.rope[spec.layer_type])
     keys, values = ({index: torch.cat(lots, dim=1) for index, lots in kept.items()} for kept in recorder.lots)
@@ -116,10 +116,11 @@ class Judge:
         """After `end` tokens: the queries [num_kv_heads, queries, head_dim], and the K and V that they see."""
         readers = (spec.index for spec in text.config.layers if spec.kv_source == source.index)
         queries = [
-            text.queries[index][:, end - 1].view(source.num_kv_heads, -1, source.head_dim)  # a group reads one KV head
+            # A group of query heads reads one KV head.
+            text.queries[index][:, end - 1].view(source.attention.num_kv_heads, -1, source.attention.head_dim)
             for index in readers
         ]
-        seen = slice(max(0, end - (source.sliding_window or end)), end)
+        seen = slice(max(0, end - (source.attention.sliding_window or end)), end)
         return torch.cat(queries, dim=1), text.keys[source.index][:, seen], text.values[source.index][:, seen]
 
 

@@ -33,7 +33,7 @@ class LayerStore:
     @property
     def kept(self) -> int:
         """Tokens that can be read: all, on a sliding layer the newest window."""
-        window = self._spec.sliding_window
+        window = self._spec.attention.sliding_window
         return self.tokens if window is None else min(self.tokens, window)
 
     def append(self, k: Tensor, v: Tensor) -> None:
@@ -79,7 +79,7 @@ class LayerStore:
     def _read(self, head: list[_DimsPart]) -> Tensor:
         if len(head) == 1:
             return head[0].part.read(self._dtype).transpose(0, 1)
-        x = torch.empty(self.kept, self._spec.num_kv_heads, self._spec.head_dim, dtype=self._dtype)
+        x = torch.empty(self.kept, self._spec.attention.num_kv_heads, self._spec.attention.head_dim, dtype=self._dtype)
         for runs, part in head:
             pieces = part.read(self._dtype).split([run.stop - run.start for run in runs], dim=-1)
             for run, piece in zip(runs, pieces, strict=True):
@@ -103,9 +103,9 @@ def _head(spec: LayerSpec, policy: LayerPolicy, head: Head, dtype: torch.dtype) 
         try:
             part = Part(
                 storage,
-                spec.num_kv_heads,
+                spec.attention.num_kv_heads,
                 num_dims,
-                window=spec.sliding_window,
+                window=spec.attention.sliding_window,
                 first=policy.first,
                 recent=policy.recent,
                 dtype=dtype,
@@ -120,9 +120,9 @@ def _head(spec: LayerSpec, policy: LayerPolicy, head: Head, dtype: torch.dtype) 
 def _sets_of_dims(spec: LayerSpec, count: int) -> list[list[slice]]:
     """All dims of a head, or the rotated ones and the others."""
     if count == 1:
-        return [[slice(0, spec.head_dim)]]
-    rotated = torch.zeros(spec.head_dim, dtype=torch.bool)
-    rotated[rotated_dims(spec)] = True
-    borders = [0, *(rotated.diff().nonzero().flatten() + 1).tolist(), spec.head_dim]
+        return [[slice(0, spec.attention.head_dim)]]
+    rotated = torch.zeros(spec.attention.head_dim, dtype=torch.bool)
+    rotated[rotated_dims(spec.attention)] = True
+    borders = [0, *(rotated.diff().nonzero().flatten() + 1).tolist(), spec.attention.head_dim]
     runs = [slice(*run) for run in itertools.pairwise(borders)]
     return [[run for run in runs if rotated[run.start] == which] for which in (True, False)]

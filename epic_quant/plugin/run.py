@@ -168,7 +168,9 @@ class Run:
     def window_tokens(self) -> int:
         """The tokens of each: `--window-tokens`, by default enough for most to be past what a sliding layer sees."""
         given: int | None = self.options.window_tokens
-        sliding = [layer.sliding_window for layer in self.config.layers if layer.sliding_window is not None]
+        sliding = [
+            layer.attention.sliding_window for layer in self.config.layers if layer.attention.sliding_window is not None
+        ]
         return given or min(4 * max(sliding, default=128), self.config.max_position_embeddings)
 
     @property

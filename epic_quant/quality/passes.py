@@ -79,7 +79,11 @@ class Memory:
     def state_nbytes(self) -> int:
         """Of one variant: hidden states, K and V that later layers share, and a few numbers a token, of all windows."""
         sources = {spec.kv_source for spec in self.config.layers if not spec.is_kv_source}
-        shared = sum(2 * spec.num_kv_heads * spec.head_dim for spec in self.config.layers if spec.index in sources)
+        shared = sum(
+            2 * spec.attention.num_kv_heads * spec.attention.head_dim
+            for spec in self.config.layers
+            if spec.index in sources
+        )
         return self._tokens * (4 * self.config.hidden_size + 4 * shared + 48)
 
     @property
@@ -93,12 +97,12 @@ class Memory:
         weights = max(layer_numel(self.config))
         windows = max(1, min(self.num_windows, BATCH_TOKENS // self.window_tokens))
         tokens = windows * self.window_tokens
-        wide = max(3 * layer.intermediate_size for layer in self.config.layers) + 6 * self.config.hidden_size
+        wide = max(3 * layer.mlp.intermediate_size for layer in self.config.layers) + 6 * self.config.hidden_size
         # Scores of a block of queries, their softmax, and one to spare.
         scores: int = max(
-            layer.num_heads * (queries.stop - queries.start) * (keys.stop - keys.start)
+            layer.attention.num_heads * (queries.stop - queries.start) * (keys.stop - keys.start)
             for layer in self.config.layers
-            for queries, keys in query_blocks(layer, self.window_tokens, self.window_tokens)
+            for queries, keys in query_blocks(layer.attention.sliding_window, self.window_tokens, self.window_tokens)
         )
         attention = 3 * 4 * windows * scores
         return weights * 4 + weights * num_specs + 4 * tokens * wide + attention
@@ -154,7 +158,8 @@ def work(variants: Sequence[Variant], config: TextConfig, num_windows: int, wind
     layers = []
     for layer in config.layers:
         states = len({found[: layer.index + 2] for found in signatures})
-        attention = 2 * num_scores(layer, window_tokens) * layer.num_heads * layer.head_dim
+        attention = 2 * num_scores(layer.attention.sliding_window, window_tokens)
+        attention *= layer.attention.num_heads * layer.attention.head_dim
         layers.append(states * num_windows * (window_tokens * numel[layer.index] + attention))
     return [*layers, tokens * config.vocab_size * config.hidden_size * len(set(signatures))]
 

@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import given
@@ -47,9 +45,8 @@ def test_each_layer_is_that_of_transformers(toy, reference, request, name, ids, 
 )
 def test_a_query_attends_with_every_key_that_it_sees(window, tokens, before, queries):
     """By the definition: its own key, and of those before it as many as the window holds."""
-    spec = SimpleNamespace(sliding_window=window)
     query = queries % tokens
-    blocks = list(query_blocks(spec, tokens, before + tokens))
+    blocks = list(query_blocks(window, tokens, before + tokens))
     assert [one for queries, _ in blocks for one in range(tokens)[queries]] == list(range(tokens))
     (keys,) = [keys for queries, keys in blocks if query in range(tokens)[queries]]
     own = before + query
@@ -59,7 +56,7 @@ def test_a_query_attends_with_every_key_that_it_sees(window, tokens, before, que
 
 def test_few_scores_are_computed_that_a_window_blocks():
     """At E4B's window of 512 tokens; on full layers little more than the half that causality leaves."""
-    sliding, full = SimpleNamespace(sliding_window=512), SimpleNamespace(sliding_window=None)
+    sliding, full = 512, None
     assert num_scores(sliding, 2048) <= 2048 * (512 + 128)
     assert num_scores(full, 2048) == 2048 * (2048 + 128) // 2
     assert num_scores(full, 17) == num_scores(sliding, 17) == 17 * 17

@@ -24,11 +24,23 @@ def test_e4b_layers_are_as_published(facts):
         ("sliding_attention", 22),
         ("full_attention", 23),
     }
-    assert {(spec.head_dim, spec.sliding_window, spec.rope_theta, spec.rotated_pairs) for spec in full} == {
-        (512, None, 1e6, 64)
+    assert {
+        (
+            spec.attention.head_dim,
+            spec.attention.sliding_window,
+            spec.attention.rope.theta,
+            spec.attention.rope.rotated_pairs,
+        )
+        for spec in full
+    } == {(512, None, 1e6, 64)}
+    assert (
+        layers[0].attention.head_dim,
+        layers[0].attention.sliding_window,
+        layers[0].attention.rope.rotated_pairs,
+    ) == (256, 512, 128)
+    assert {(spec.attention.num_heads, spec.attention.num_kv_heads, spec.mlp.intermediate_size) for spec in layers} == {
+        (8, 2, 10240)
     }
-    assert (layers[0].head_dim, layers[0].sliding_window, layers[0].rotated_pairs) == (256, 512, 128)
-    assert {(spec.num_heads, spec.num_kv_heads, spec.intermediate_size) for spec in layers} == {(8, 2, 10240)}
 
 
 def test_e4b_sizes_are_as_published(facts):
@@ -45,8 +57,8 @@ def test_e2b_shares_more_and_is_double_wide_where_it_shares(facts):
     assert [spec.index for spec in layers if spec.layer_type == "full_attention"] == [4, 9, 14, 19, 24, 29, 34]
     assert [spec.is_kv_source for spec in layers] == [True] * 15 + [False] * 20
     assert {spec.kv_source for spec in layers[15:]} == {13, 14}
-    assert [spec.intermediate_size for spec in layers] == [6144] * 15 + [12288] * 20
-    assert {spec.num_kv_heads for spec in layers} == {1}
+    assert [spec.mlp.intermediate_size for spec in layers] == [6144] * 15 + [12288] * 20
+    assert {spec.attention.num_kv_heads for spec in layers} == {1}
 
 
 @pytest.mark.parametrize("name", [E4B, E2B])
@@ -86,7 +98,7 @@ def test_layer_keys_may_be_padded(facts, key):
 def test_an_empty_per_layer_config_means_no_override(facts):
     """It is what `transformers` writes where all heads are alike."""
     text = facts(E4B)["text_config"] | {"per_layer_config": {}, "global_head_dim": None}
-    assert {spec.head_dim for spec in TextConfig.from_json(text).layers} == {256}
+    assert {spec.attention.head_dim for spec in TextConfig.from_json(text).layers} == {256}
 
 
 def test_optional_fields_may_be_absent_or_null(facts):

@@ -96,7 +96,7 @@ class PlainCache:
     """Keeps K and V as they are, of sliding layers only the newest window if told so."""
 
     def __init__(self, config, windowed: bool) -> None:
-        self._kept = {spec.index: spec.sliding_window for spec in config.layers} if windowed else {}
+        self._kept = {spec.index: spec.attention.sliding_window for spec in config.layers} if windowed else {}
         self._k, self._v = {}, {}
 
     def append(self, layer, k, v):

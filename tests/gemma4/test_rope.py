@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from transformers import Gemma4TextConfig
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRotaryEmbedding
 
-from epic_quant.gemma4.config import LayerSpec, TextConfig
+from epic_quant.gemma4.config import GroupedQueryAttention, Rope, TextConfig
 from epic_quant.gemma4.rope import inverse_frequencies, rope_table, rotate, rotated_dims
 
 E4B = "gemma-4-E4B.config.json"
@@ -19,10 +19,10 @@ def test_tables_are_those_of_transformers(facts, name):
     theirs = Gemma4TextRotaryEmbedding(Gemma4TextConfig(**text))
     positions = torch.tensor([0, 1, 2, 511, 4096, 131071])
     for spec in TextConfig.from_json(text).layers:
-        assert torch.equal(inverse_frequencies(spec), getattr(theirs, f"{spec.layer_type}_inv_freq"))
+        assert torch.equal(inverse_frequencies(spec.attention), getattr(theirs, f"{spec.layer_type}_inv_freq"))
         for dtype in (torch.float32, torch.bfloat16):
             cos, sin = theirs(torch.empty(0, dtype=dtype), positions[None], spec.layer_type)
-            table = rope_table(spec, positions, dtype)
+            table = rope_table(spec.attention, positions, dtype)
             assert table.cos.dtype == dtype
             assert torch.equal(table.cos, cos[0])
             assert torch.equal(table.sin, sin[0])
@@ -31,7 +31,7 @@ def test_tables_are_those_of_transformers(facts, name):
 def test_frequencies_of_e4b_follow_the_formula(facts):
     """theta^(-2i/head_dim), the exponent's denominator the head's 512 and not the 128 that turn; fp32."""
     layers = TextConfig.from_json(facts(E4B)).layers
-    sliding, full = inverse_frequencies(layers[SLIDING]), inverse_frequencies(layers[FULL])
+    sliding, full = inverse_frequencies(layers[SLIDING].attention), inverse_frequencies(layers[FULL].attention)
     assert full.dtype == sliding.dtype == torch.float32
     expected = torch.tensor([1e6 ** (-2 * i / 512) if i < 64 else 0.0 for i in range(256)], dtype=torch.float64)
     torch.testing.assert_close(full.double(), expected, rtol=1e-6, atol=0)
@@ -42,18 +42,18 @@ def test_frequencies_of_e4b_follow_the_formula(facts):
 def test_rotated_dims_of_e4b(facts):
     """64 pairs of a full head turn, paired half a head apart; a sliding head turns whole."""
     layers = TextConfig.from_json(facts(E4B)).layers
-    assert rotated_dims(layers[FULL]).tolist() == [*range(64), *range(256, 320)]
-    assert rotated_dims(layers[SLIDING]).tolist() == list(range(256))
+    assert rotated_dims(layers[FULL].attention).tolist() == [*range(64), *range(256, 320)]
+    assert rotated_dims(layers[SLIDING].attention).tolist() == list(range(256))
 
 
 @pytest.mark.parametrize("layer", [SLIDING, FULL])
 def test_rotated_dims_are_those_that_change_with_position(facts, layer):
     """The same vector at two positions differs in these dims and in no other."""
     spec = TextConfig.from_json(facts(E4B)).layers[layer]
-    x = torch.rand(2, 1, spec.head_dim, generator=torch.Generator().manual_seed(0)).expand(2, 2, -1) + 1
-    turned = rotate(x, rope_table(spec, torch.tensor([3, 90_000]), torch.float32))
+    x = torch.rand(2, 1, spec.attention.head_dim, generator=torch.Generator().manual_seed(0)).expand(2, 2, -1) + 1
+    turned = rotate(x, rope_table(spec.attention, torch.tensor([3, 90_000]), torch.float32))
     changed = (turned[:, 0] != turned[:, 1]).any(dim=0).nonzero().flatten()
-    assert torch.equal(changed, rotated_dims(spec))
+    assert torch.equal(changed, rotated_dims(spec.attention))
 
 
 @settings(deadline=None, max_examples=50)
@@ -61,22 +61,14 @@ def test_rotated_dims_are_those_that_change_with_position(facts, layer):
     pairs=st.integers(0, 8), factor=st.sampled_from([1.0, 2.0]), position=st.integers(0, 1000), by=st.integers(0, 99)
 )
 def test_scores_depend_on_the_distance_alone(pairs, factor, position, by):
-    """A turned query times a turned key is the same wherever the two stand, and turning keeps lengths."""
-    sizes = {
-        "index": 0,
-        "layer_type": "full_attention",
-        "num_heads": 1,
-        "num_kv_heads": 1,
-        "head_dim": 16,
-        "intermediate_size": 1,
-    }
-    spec = LayerSpec(**sizes, sliding_window=None, rope_theta=1e4, rotated_pairs=pairs, rope_factor=factor, kv_source=0)
+    """A rotated query times a rotated key is the same wherever the two stand, and rotating keeps lengths."""
+    attention = GroupedQueryAttention(1, 1, 16, None, Rope(1e4, pairs, factor))
     q, k = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(pairs))
 
     def at(x, where):
-        return rotate(x, rope_table(spec, torch.tensor([where]), torch.float32))
+        return rotate(x, rope_table(attention, torch.tensor([where]), torch.float32))
 
     far, near = (at(q, position + by + shift) @ at(k, position + shift).T for shift in (0, 57))
     torch.testing.assert_close(far, near, rtol=0, atol=1e-3)
     torch.testing.assert_close(at(q, position).norm(), q.norm())
-    assert len(rotated_dims(spec)) == 2 * pairs
+    assert len(rotated_dims(attention)) == 2 * pairs

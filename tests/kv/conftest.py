@@ -5,18 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from epic_quant.gemma4.config import FULL, SLIDING, LayerSpec, TextConfig
+from epic_quant.gemma4.config import FULL, SLIDING, DenseMLP, GroupedQueryAttention, LayerSpec, Rope, TextConfig
 
 WINDOW = 20
 
 
 def layer(index, layer_type, kv_source):
-    sizes = {"num_heads": 4, "num_kv_heads": 2, "intermediate_size": 8, "rope_theta": 1e4, "rope_factor": 1.0}
     if layer_type == SLIDING:
-        shape = {"head_dim": 16, "sliding_window": WINDOW, "rotated_pairs": 8}
-    else:  # Of 32 dims turn [0:4] and [16:20].
-        shape = {"head_dim": 32, "sliding_window": None, "rotated_pairs": 4}
-    return LayerSpec(index=index, layer_type=layer_type, kv_source=kv_source, **sizes, **shape)
+        attention = GroupedQueryAttention(4, 2, 16, WINDOW, Rope(1e4, 8))
+    else:  # Of 32 dims [0:4] and [16:20] rotate.
+        attention = GroupedQueryAttention(4, 2, 32, None, Rope(1e4, 4))
+    return LayerSpec(index, layer_type, attention, DenseMLP(8), kv_source)
 
 
 @pytest.fixture(scope="session")

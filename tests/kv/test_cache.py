@@ -21,7 +21,7 @@ UNROTATED = [*range(4, 16), *range(20, 32)]
 
 
 def keys_and_values(config, layer, tokens, seed=0, dtype=torch.float32):
-    shape = (2, 2, tokens, config.layers[layer].head_dim)
+    shape = (2, 2, tokens, config.layers[layer].attention.head_dim)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).unbind(0)
 
 

@@ -39,8 +39,8 @@ def softmax(logits):
 def attended(captured, spec, k, v, end):
     """Every query head's logits and output at the newest of `end` tokens, head by head in fp64."""
     heads = []
-    group = spec.num_heads // spec.num_kv_heads
-    for number in range(spec.num_heads):
+    group = spec.attention.num_heads // spec.attention.num_kv_heads
+    for number in range(spec.attention.num_heads):
         query = captured.queries[spec.index][number, end - 1].double().numpy()
         logits = k[number // group] @ query
         heads.append((logits, softmax(logits) @ v[number // group]))
@@ -64,7 +64,7 @@ def test_what_is_captured_gives_the_attention_that_the_model_computes(captured, 
 
         hidden = forward.layer(hidden, weights.layer(spec.index), spec, observe)
     for spec in weights.config.layers:
-        seen = slice(TOKENS - spec.sliding_window if spec.sliding_window else 0, TOKENS)
+        seen = slice(TOKENS - spec.attention.sliding_window if spec.attention.sliding_window else 0, TOKENS)
         k, v = (kept[spec.kv_source][:, seen].double().numpy() for kept in (captured.keys, captured.values))
         outputs = np.concatenate([output for _, output in attended(captured, spec, k, v, TOKENS)])
         np.testing.assert_allclose(outputs, mixed[spec.index], rtol=1e-4, atol=1e-5)
@@ -93,7 +93,7 @@ def test_errors_are_those_that_numpy_finds(captured, layer_type, policy):
             cache.append(kv_source.index, keys[:, end - 1 : end], values[:, end - 1 : end])
             if end % step:
                 continue
-            kept = min(end, kv_source.sliding_window or end)
+            kept = min(end, kv_source.attention.sliding_window or end)
             exact = [x[:, end - kept : end].double().numpy() for x in (keys, values)]
             stored = [
                 x[:, -kept:].double().numpy() for x in (cache.keys(kv_source.index), cache.values(kv_source.index))

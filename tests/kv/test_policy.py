@@ -144,7 +144,7 @@ def test_a_group_that_does_not_fit_the_head_is_named(config, text, dims, layer):
 def test_bytes_by_count_are_those_of_a_cache(config, tokens, policy):
     cache = KVCache(config, policy, torch.bfloat16)
     for spec in config.layers[:4]:
-        k = torch.ones(2, max(1, tokens), spec.head_dim, dtype=torch.bfloat16)
+        k = torch.ones(2, max(1, tokens), spec.attention.head_dim, dtype=torch.bfloat16)
         if tokens:
             cache.append(spec.index, k, k)
         assert cache.layer_nbytes(spec.index) == policy.layer_nbytes(spec, tokens)
@@ -152,7 +152,7 @@ def test_bytes_by_count_are_those_of_a_cache(config, tokens, policy):
 
 
 def full_layer(config):
-    return next(spec for spec in config.layers if spec.sliding_window is None)
+    return next(spec for spec in config.layers if spec.attention.sliding_window is None)
 
 
 @pytest.mark.parametrize(

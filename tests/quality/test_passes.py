@@ -66,8 +66,8 @@ def test_work_is_shared_until_policies_differ():
 
     def layer_work(layer):
         # 128 queries at a time against the keys up to theirs.
-        scores = 2 * 128 * (128 + 256 + 384 + 512) * E4B.layers[layer].num_heads
-        return tokens * LAYER_WEIGHTS[layer] + 2 * scores * E4B.layers[layer].head_dim
+        scores = 2 * 128 * (128 + 256 + 384 + 512) * E4B.layers[layer].attention.num_heads
+        return tokens * LAYER_WEIGHTS[layer] + 2 * scores * E4B.layers[layer].attention.head_dim
 
     def states(*policies):
         *layers, head = work(list(with_reference({str(p): p for p in policies}, E4B).values()), E4B, 2, window)
