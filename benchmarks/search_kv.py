@@ -23,8 +23,9 @@ from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import EpicQuantError
 from epic_quant.gemma4.config import FULL, SLIDING, TextConfig
 from epic_quant.gemma4.weights import CheckpointWeights
-from epic_quant.kv import NAMED, KVPolicy
-from epic_quant.kv.error import Judge, capture
+from epic_quant.kv import nbytes
+from epic_quant.kv.attention_error import AttentionError, capture
+from epic_quant.spec import FORMATS, NAMED_KV, KVSpec, KVStorageSpec
 from epic_quant.text import token_windows
 
 HERE = Path(__file__).parent
@@ -45,44 +46,48 @@ AFFINE = [f"affine{bits}" for bits in (2, 3, 4, 5)]
 DIRECTIONS = (8, 12, 16)
 ALONG = {"codebook2": ("codebook4", "int5"), "codebook3": ("int5", "int6"), "codebook4": ("int6", "int8")}
 PCA = [
-    (scheme, f"+center128+pca{directions}-{along}")
-    for scheme, several in ALONG.items()
+    (name, f"+center128+pca{directions}-{along}")
+    for name, several in ALONG.items()
     for along in several
     for directions in DIRECTIONS
 ]
 BY_TOKEN = [
     *(
-        f"{scheme}{turned}{center}"
-        for scheme in SYMMETRIC
-        for turned in ("", "+had512")
+        f"{name}{rotated}{center}"
+        for name in SYMMETRIC
+        for rotated in ("", "+had512")
         for center in ("", "+center32", "+center32+unbiased", "+center128+unbiased")
     ),
-    *(f"{scheme}+had512{pca}+unbiased" for scheme, pca in PCA),
+    *(f"{name}+had512{pca}+unbiased" for name, pca in PCA),
     *AFFINE,
 ]
 # A channel that has a zero point needs no center. What stands out in few levels costs the others much.
 BY_CHANNEL = [
-    *(f"{scheme}@64" for scheme in SYMMETRIC),
-    *(f"{scheme}{turned}@{block}" for scheme in AFFINE for turned in ("", "+had512") for block in (32, 64, 128)),
+    *(f"{name}-b64" for name in SYMMETRIC),
+    *(f"{name}-b{block}{rotated}" for name in AFFINE for rotated in ("", "+had512") for block in (32, 64, 128)),
     *(
-        f"{scheme}{turned}+clip{percent}@{block}"
-        for scheme in AFFINE[:2]
-        for turned in ("", "+had512")
+        f"{name}-b{block}{rotated}+clip{percent}"
+        for name in AFFINE[:2]
+        for rotated in ("", "+had512")
         for percent in (5, 10, 12, 15)
         for block in (64, 128)
     ),
-    *(f"{scheme}{pca}@{block}" for scheme, pca in PCA for block in (64, 128)),
+    *(f"{name}-b{block}{pca}" for name, pca in PCA for block in (64, 128)),
 ]
+STORAGES = [KVStorageSpec.parse(text) for text in (*BY_TOKEN, *BY_CHANNEL)]
 # What is left unquantized. The first tokens draw much attention, whatever they are, and cost next to nothing; the
 # newest are looked at most.
-KEPT = {FULL: ("first=1", "first=2", "first=4", "first=4/recent=16", "first=4/recent=32"), SLIDING: ("", "recent=16")}
+KEPT = {
+    FULL: ("sinks=1", "sinks=2", "sinks=4", "sinks=4/residual=16", "sinks=4/residual=32"),
+    SLIDING: ("", "residual=16"),
+}
 
 
 @dataclass(frozen=True)
 class Trial:
     """What was stored how, on one layer type, and what came of it."""
 
-    parts: Mapping[str, str]  # "k.rotated" to "int4@64", …
+    parts: Mapping[str, KVStorageSpec]  # by place, such as `k.rotated`
     kept: str
     squared_error: float  # of the attention output, relative
     bits: tuple[float, ...]  # a value, in each of the search's places
@@ -104,42 +109,43 @@ class Budget(NamedTuple):
 class Search:
     """Trials on the layers of one type; bytes must fit in all `places`, a config and a number of tokens each."""
 
-    def __init__(self, judge: Judge, layer_type: str, places: list[tuple[TextConfig, int]]) -> None:
-        self.judge, self.layer_type, self.where = judge, layer_type, WHERE[layer_type]
+    def __init__(self, errors: AttentionError, layer_type: str, places: list[tuple[TextConfig, int]]) -> None:
+        self.errors, self.layer_type, self.where = errors, layer_type, WHERE[layer_type]
         self.places = [
             (replace(config, layers=tuple(spec for spec in config.layers if spec.layer_type == layer_type)), tokens)
             for config, tokens in places
         ]
-        self._errors: dict[KVPolicy, float] = {}
+        self._errors: dict[KVSpec, float] = {}
 
-    def policy(self, parts: Mapping[str, str], kept: str) -> KVPolicy:
+    def policy(self, parts: Mapping[str, KVStorageSpec], kept: str) -> KVSpec:
         """The policy that stores these parts so and leaves all else, the other layer type included, in bf16."""
-        said = [f"{self.where}.{part}={spec}" for part, spec in parts.items()]
-        return KVPolicy.parse("/".join([*said, *(f"{self.where}.{keep}" for keep in kept.split("/") if keep)]))
+        places = [f"{self.where}.{part}={spec}" for part, spec in parts.items()]
+        return KVSpec.parse("/".join([*places, *(f"{self.where}.{keep}" for keep in kept.split("/") if keep)]))
 
-    def bits(self, policy: KVPolicy) -> tuple[float, ...]:
+    def bits(self, policy: KVSpec) -> tuple[float, ...]:
         """Bits a value of K or V in each place."""
         return tuple(
-            16 * policy.nbytes(config, tokens) / NAMED["bf16"].nbytes(config, tokens) for config, tokens in self.places
+            16 * nbytes(policy, config, tokens) / nbytes(NAMED_KV["bf16"], config, tokens)
+            for config, tokens in self.places
         )
 
-    def trial(self, parts: Mapping[str, str], kept: str) -> Trial:
+    def trial(self, parts: Mapping[str, KVStorageSpec], kept: str) -> Trial:
         """Measure it."""
         policy = self.policy(parts, kept)
         code_bits = sum(self._share(part)[-1] * _code_bits(spec) for part, spec in parts.items())
         if policy not in self._errors:
-            self._errors[policy] = self.judge.error(policy).attention_rel_l2 ** 2
+            self._errors[policy] = self.errors.of(policy).attention_rel_l2 ** 2
         return Trial(parts, kept, self._errors[policy], self.bits(policy), code_bits)
 
     def options(self, part: str, kept: str) -> list[Trial]:
-        """Every scheme on one part alone, without those that another is not larger and not worse than.
+        """Every storage of one part alone, without those that another is not larger and not worse than.
 
         Bits are those that the part adds to a cache without it; the error, in which it differs little, is that with
         the least kept.
         """
         share = self._share(part)
         tried = []
-        for spec in (*BY_TOKEN, *BY_CHANNEL):
+        for spec in STORAGES:
             trial = self.trial({part: spec}, KEPT[self.layer_type][0])
             bits = self.bits(self.policy(trial.parts, kept))
             added = tuple(all_bits - 16 * (1 - its) for all_bits, its in zip(bits, share, strict=True))
@@ -148,7 +154,7 @@ class Search:
 
     def _share(self, part: str) -> tuple[float, ...]:
         """What part of all values it is, in each place: found by storing it in twice the bits."""
-        return tuple(bits / 16 - 1 for bits in self.bits(self.policy({part: "fp32"}, "")))
+        return tuple(bits / 16 - 1 for bits in self.bits(self.policy({part: KVStorageSpec("fp32")}, "")))
 
     def sums(self) -> Iterator[Trial]:
         """All ways to store K, whole or its rotated and other dims apart, with all to store V; errors are sums."""
@@ -174,9 +180,9 @@ class Search:
         return sorted((one for one in whole if budget.holds(one)), key=_error)
 
 
-def _code_bits(spec: str) -> int:
-    """The number in the name of its scheme."""
-    return next(int(letter) for letter in spec if letter.isdigit())
+def _code_bits(spec: KVStorageSpec) -> float:
+    """Bits of a code of its format."""
+    return math.log2(FORMATS[spec.format].num_levels)
 
 
 def _error(one: Trial) -> float:
@@ -196,12 +202,12 @@ def search(checkpoint: Checkpoint, text: Path, num_windows: int, window_tokens: 
     texts = [capture(weights, window) for window in token_windows(checkpoint, text, num_windows, window_tokens)]
     found: dict[str, list[str]] = {"p-rope": [], "p-rope-4": []}
     for layer_type in (FULL, SLIDING):
-        one = Search(Judge(texts, layer_type), layer_type, [(config, window_tokens), (E4B, E4B_TOKENS)])
+        one = Search(AttentionError(texts, layer_type), layer_type, [(config, window_tokens), (E4B, E4B_TOKENS)])
         sums = list(one.sums())
-        budgets = {"p-rope": Budget(one.bits(NAMED["original"])), "p-rope-4": Budget((MAX_BITS,) * 2, MAX_OVERHEAD)}
+        budgets = {"p-rope": Budget(one.bits(NAMED_KV["original"])), "p-rope-4": Budget((MAX_BITS,) * 2, MAX_OVERHEAD)}
         print(f"\n{layer_type}: {len(sums):,} combinations")
         for name in ("original", "original+ls", "original-inverted", "int4", "int4+had", "per-channel-k"):
-            print(_line(name, one.judge.error(NAMED[name]).attention_rel_l2, one.bits(NAMED[name])))
+            print(_line(name, one.errors.of(NAMED_KV[name]).attention_rel_l2, one.bits(NAMED_KV[name])))
         for name, budget in budgets.items():
             print(f"  {name}, at most {_bits(budget.bits)}:")
             best = one.best(sums, budget, tried)
@@ -211,7 +217,7 @@ def search(checkpoint: Checkpoint, text: Path, num_windows: int, window_tokens: 
                 found[name].append(one.policy(best[0].parts, best[0].kept).name)
     print()
     for name, parts in found.items():
-        print(f"{name}: {KVPolicy.parse('/'.join(parts)).name if parts else 'nothing fits'}")
+        print(f"{name}: {KVSpec.parse('/'.join(parts)).name if parts else 'nothing fits'}")
 
 
 def _bits(bits: tuple[float, ...]) -> str:

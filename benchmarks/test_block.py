@@ -11,7 +11,8 @@ from epic_quant.gemma4.kv_store import ForwardKV
 from epic_quant.gemma4.model import Forward, attention_masks, begin, rope_tables
 from epic_quant.gemma4.weights import CheckpointWeights
 from epic_quant.metrics import relative_l2
-from epic_quant.quant import QuantizedTensor
+from epic_quant.policy import PolicyWeights
+from epic_quant.records.subjects import BlockRecord
 
 # A fast block's rounds fill this time; a slow one's, as on a large model, are pytest-benchmark's five at least.
 pytestmark = pytest.mark.benchmark(max_time=0.3)
@@ -39,7 +40,7 @@ class Inputs:
             self.forward,
             per_layer_inputs=None if ple is None else ple[:, part].to(dtype),
             rope=rope_tables(config, torch.arange(part.start, part.stop), dtype),
-            blocked=attention_masks(config, tokens),
+            masks=attention_masks(config, tokens),
         )
 
         def call():
@@ -70,7 +71,7 @@ def block_weights(run, block_inputs, hessians_for):
         key = (policy, layer_type)
         if key not in latest:
             latest.clear()
-            weights = policy.weights(run.checkpoint, hessians_for(*policy.all_specs))
+            weights = PolicyWeights(run.checkpoint, policy, hessians_for(*policy.weight_specs))
             latest[key] = weights.layer(block_inputs[layer_type].spec.index)
         return latest[key]
 
@@ -79,9 +80,7 @@ def block_weights(run, block_inputs, hessians_for):
 
 def cast(weights, dtype):
     """Plain weights in the dtype they are computed in: converting them is no part of a forward."""
-    return {
-        name: weight if isinstance(weight, QuantizedTensor) else weight.to(dtype) for name, weight in weights.items()
-    }
+    return {name: weight.to(dtype) if isinstance(weight, Tensor) else weight for name, weight in weights.items()}
 
 
 @pytest.fixture(scope="session")
@@ -121,15 +120,19 @@ def measure(layer_type, tokens, block_inputs, reference, record, benchmark):
             output, (expected, added) = call().float(), reference(layer_type, tokens)
             assert output.isfinite().all()
             error = relative_l2(output, expected)
-            metrics = {
-                # The layer's scalar, last in the block, multiplies what it adds and the error alike.
-                "added_rel_l2": error * float(expected.norm() / added.norm()),
-                "output_rel_l2": error,
-                "nbytes": sum(weight.nbytes for weight in weights.values()),
-            }
-            packed = [weight for weight in weights.values() if isinstance(weight, QuantizedTensor)]
-            details = {"computed_by": sorted({weight.computed_by() for weight in packed})}
-            record("block", {"policy": name, "layer_type": layer_type, "tokens": str(tokens)}, metrics, details)
+            packed = [weight for weight in weights.values() if not isinstance(weight, Tensor)]
+            record(
+                BlockRecord(
+                    policy=name,
+                    layer_type=layer_type,
+                    tokens=tokens,
+                    # The layer's scalar, last in the block, multiplies what it adds and the error alike.
+                    added_rel_l2=error * float(expected.norm() / added.norm()),
+                    output_rel_l2=error,
+                    nbytes=sum(weight.nbytes for weight in weights.values()),
+                    computed_by=tuple(sorted({weight.computed_by() for weight in packed})),
+                )
+            )
             benchmark(call)
         return error
 

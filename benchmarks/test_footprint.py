@@ -7,9 +7,10 @@ import pytest
 
 from epic_quant import footprint
 from epic_quant.gemma4.config import TextConfig
+from epic_quant.records.subjects import AS_PUBLISHED, E4B, RESIDENT, THIS_CHECKPOINT, FootprintRecord
 
 FACTS = Path(__file__).parent / "facts"
-E4B = TextConfig.from_json(json.loads((FACTS / "gemma-4-E4B.config.json").read_text(encoding="utf-8")))
+E4B_CONFIG = TextConfig.from_json(json.loads((FACTS / "gemma-4-E4B.config.json").read_text(encoding="utf-8")))
 PUBLISHED = json.loads((FACTS / "published-numbers.json").read_text(encoding="utf-8"))["epic_quant_original"][
     "policies"
 ]
@@ -24,35 +25,44 @@ PUBLISHED_NAMES = {
 PARTS = ("attention", "mlp", "ple_projections", "ple_hot", "total")
 
 
-@pytest.fixture(params=["this checkpoint", "E4B"])
+@pytest.fixture(params=[THIS_CHECKPOINT, E4B])
 def model(request):
     return request.param
 
 
 @pytest.fixture
 def text_config(model, run):
-    return E4B if model == "E4B" else run.config
+    return E4B_CONFIG if model == E4B else run.config
+
+
+def counted(policy, model, column, parts, config, published=None):
+    return FootprintRecord(
+        policy=policy.name,
+        model=model,
+        column=column,
+        nbytes=sum(parts.values()),
+        parts=parts,
+        unused_nbytes=footprint.unused_nbytes(config),
+        published=published or {},
+    )
 
 
 def test_as_published(model, text_config, policy, record, benchmark):
     """The original's own sum of parts; on E4B its four rows come out to the published digit."""
     parts = footprint.as_published(policy, text_config)
-    details = {"parts": parts, "unused_nbytes": footprint.unused_nbytes(text_config)}
-    if model == "E4B" and policy.name in PUBLISHED_NAMES:
+    published = {}
+    if model == E4B and policy.name in PUBLISHED_NAMES:
         row = PUBLISHED[PUBLISHED_NAMES[policy.name]]
-        details["published"] = {part: row[f"{part}_MB"] for part in PARTS}
+        published = {part: row[f"{part}_MB"] for part in PARTS}
         measured = parts | {"total": sum(parts.values())}
-        assert {part: round(measured[part] / 1e6, 1) for part in PARTS} == details["published"]
-    labels = {"policy": policy.name, "model": model, "column": "as published"}
-    record("footprint", labels, {"nbytes": sum(parts.values())}, details)
+        assert {part: round(measured[part] / 1e6, 1) for part in PARTS} == published
+    record(counted(policy, model, AS_PUBLISHED, parts, text_config, published))
     benchmark.pedantic(footprint.as_published, (policy, text_config))
 
 
 def test_resident(model, text_config, policy, run, record, benchmark):
     """What must really be in RAM: every live text weight, the PLE rows kept, and the KV cache."""
-    context = run.options.context
+    context = run.context_of(text_config)
     parts = footprint.resident(policy, text_config, context)
-    labels = {"policy": policy.name, "model": model, "column": "resident"}
-    details = {"parts": parts, "unused_nbytes": footprint.unused_nbytes(text_config)}
-    record("footprint", labels, {"nbytes": sum(parts.values())}, details)
+    record(counted(policy, model, RESIDENT, parts, text_config))
     benchmark.pedantic(footprint.resident, (policy, text_config, context))

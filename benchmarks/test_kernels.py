@@ -17,7 +17,9 @@ from epic_quant.gemma4.kv_store import ForwardKV
 from epic_quant.gemma4.model import Forward, attention_masks, rope_tables
 from epic_quant.gemma4.tensors import expected_tensors
 from epic_quant.metrics import relative_l2
-from epic_quant.quant import linear, quantizer
+from epic_quant.quant import from_tensors, linear, quantize
+from epic_quant.records.subjects import KernelsRecord
+from epic_quant.spec import WeightSpec
 
 E4B = TextConfig.from_json(
     json.loads((Path(__file__).parent / "facts" / "gemma-4-E4B.config.json").read_text(encoding="utf-8"))
@@ -48,14 +50,18 @@ def repeated(part, rows):
     return part.repeat(-(-rows // part.shape[0]), 1)[:rows].contiguous()
 
 
+def repeated_matrix(part, rows):
+    """A stored matrix of the rows of a part over and over, in memory of its own."""
+    tensors = {name: repeated(tensor, rows) for name, tensor in part.tensors().items()}
+    return from_tensors(part.spec, tensors, (rows, part.shape[1]))
+
+
 def packed_calls(how, distinct, rows, x):
     """A call for each copy of the weight in a spec, times x; the weights decoded; bytes of one; what computes."""
     spec, _, activations = how.partition(" ")
-    quantized = quantizer(spec).quantize(distinct)
-    whole = replace(quantized, packed=repeated(quantized.packed, rows), scale=repeated(quantized.scale, rows))
-    copies = [
-        replace(whole, packed=whole.packed.clone(), scale=whole.scale.clone()) for _ in range(num_copies(whole.nbytes))
-    ]
+    quantized = quantize(distinct, WeightSpec.parse(spec))
+    whole = repeated_matrix(quantized, rows)
+    copies = [repeated_matrix(quantized, rows) for _ in range(num_copies(whole.nbytes))]
     calls = [lambda weight=weight: linear(x, weight, activations) for weight in copies]
     return calls, quantized.dequantize(torch.float64), whole.nbytes, whole.computed_by(activations)
 
@@ -154,6 +160,18 @@ CASES += [
 ]
 
 
+def product_record(weight, tokens, how, error, nbytes, computed_by=None):
+    return KernelsRecord(
+        weight=weight,
+        tokens=tokens,
+        how=how,
+        output_rel_l2=error,
+        nbytes=nbytes,
+        bytes_read=nbytes,
+        computed_by=computed_by,
+    )
+
+
 @pytest.mark.parametrize(("name", "tokens", "how"), CASES)
 def test_linear(name, tokens, how, record, benchmark):
     """One weight of the block times some tokens."""
@@ -168,9 +186,8 @@ def test_linear(name, tokens, how, record, benchmark):
         error = relative_l2(product.double(), (x.double() @ decoded.T)[:, torch.arange(rows) % len(decoded)])
         bound = {"torch fp32": 1e-5}.get(how, 1e-5 if how.endswith("fp32") else 0.02)
         assert error < bound
-        labels = {"weight": f"{name} [{rows}, {cols}]", "tokens": str(tokens), "how": how}
-        metrics = {"output_rel_l2": error, "nbytes": nbytes, "bytes_read": nbytes}
-        record("kernels", labels, metrics, {"computed_by": computed_by})
+        weight = f"{name} [{rows}, {cols}]"
+        record(product_record(weight, tokens, how, error, nbytes, computed_by))
         turns = itertools.cycle(calls)
         rounds = 40 if tokens <= 4 else 10 if tokens <= 64 else 3
         benchmark.pedantic(lambda: next(turns)(), rounds=rounds, warmup_rounds=2)
@@ -197,9 +214,7 @@ def test_e4b_block(how, record, benchmark):
             if how == "bf16":
                 weights[tensor.local_name] = repeated(distinct.bfloat16(), rows)
             else:
-                part = quantizer(spec).quantize(distinct)
-                packed, scale = repeated(part.packed, rows), repeated(part.scale, rows)
-                weights[tensor.local_name] = replace(part, packed=packed, scale=scale)
+                weights[tensor.local_name] = repeated_matrix(quantize(distinct, WeightSpec.parse(spec)), rows)
         copies.append(weights)
     hidden = gaussian(1, 1, E4B.hidden_size, seed=1).to(dtype)
     ple = gaussian(1, 1, E4B.num_layers, E4B.ple_dim, seed=2).to(dtype)
@@ -219,7 +234,6 @@ def test_e4b_block(how, record, benchmark):
         error = relative_l2(output.float(), expected.float())
         assert error < (1e-4 if activations != "int8" else 0.05)
         nbytes = sum(weight.nbytes for weight in copies[0].values())
-        labels = {"weight": "whole sliding block", "tokens": "1", "how": how.replace("bf16", "torch bf16")}
-        record("kernels", labels, {"output_rel_l2": error, "nbytes": nbytes, "bytes_read": nbytes})
+        record(product_record("whole sliding block", 1, "torch bf16" if how == "bf16" else how, error, nbytes))
         turns = itertools.cycle(copies)
         benchmark.pedantic(lambda: call(next(turns), packed), rounds=40, warmup_rounds=2)

@@ -15,9 +15,11 @@ from epic_quant.gemma4.config import FULL, SLIDING, TextConfig
 from epic_quant.gemma4.model import TextModel, head
 from epic_quant.gemma4.rope import rotated_dims
 from epic_quant.gemma4.weights import CheckpointWeights
-from epic_quant.kv import NAMED, KVCache
-from epic_quant.kv.error import Judge, capture
+from epic_quant.kv import KVCache, nbytes
+from epic_quant.kv.attention_error import AttentionError, capture
 from epic_quant.metrics import kl_divergence
+from epic_quant.records.subjects import KVBytesRecord, KVDivergenceRecord, KVRecord
+from epic_quant.spec import NAMED_KV
 
 FACTS = Path(__file__).parent / "facts"
 E4B = TextConfig.from_json(json.loads((FACTS / "gemma-4-E4B.config.json").read_text(encoding="utf-8")))
@@ -50,8 +52,8 @@ def captured(run, window):
 @pytest.fixture(scope="session")
 def errors(captured):
     """`errors(policy, layer_type)`, found once for all that ask."""
-    judges = {layer_type: Judge([captured], layer_type) for layer_type in (SLIDING, FULL)}
-    return cache(lambda policy, layer_type: judges[layer_type].error(policy))
+    of_type = {layer_type: AttentionError([captured], layer_type) for layer_type in (SLIDING, FULL)}
+    return cache(lambda policy, layer_type: of_type[layer_type].of(policy))
 
 
 def judged_slice(context):
@@ -76,7 +78,7 @@ def divergences(run, window, captured):
     def measure(policy, context):
         judged, stored = judged_slice(context), KVCache(run.config, policy)
         for layer in captured.keys:
-            stored.append(layer, *(kept[layer][:, : judged.start] for kept in (captured.keys, captured.values)))
+            stored.append(layer, *(kept[layer][None, :, : judged.start] for kept in (captured.keys, captured.values)))
         logits = [
             model.logits(window[None, start : min(start + CHUNK, context)], cache=stored, start=start)[0]
             for start in range(judged.start, context, CHUNK)
@@ -103,10 +105,10 @@ class Stored:
         self.cache, self.layer = KVCache(config, policy, dtype=torch.bfloat16), layer
 
     def append(self, k, v):
-        self.cache.append(self.layer, k, v)
+        self.cache.append(self.layer, k[None], v[None])
 
     def read(self):
-        return self.cache.keys(self.layer), self.cache.values(self.layer)
+        return self.cache.keys(self.layer)[0], self.cache.values(self.layer)[0]
 
 
 class Dense:
@@ -147,32 +149,39 @@ def test_kv(kv_policy, layer_type, run, captured, errors, record, benchmark):
     kept = min(tokens, spec.attention.sliding_window or tokens)
     stored = Stored(run.config, kv_policy, spec.index)
     stored.append(k, v)
-    nbytes = stored.cache.layer_nbytes(spec.index) / kept
+    token_nbytes = stored.cache.layer_nbytes(spec.index) / kept
     values = 2 * spec.attention.num_kv_heads * spec.attention.head_dim
 
     error = errors(kv_policy, layer_type)
     assert all(map(math.isfinite, astuple(error))), error
-    if kv_policy == NAMED["fp32"]:
+    if kv_policy == NAMED_KV["fp32"]:
         assert max(astuple(error)) < 1e-4, error  # sums in another order round differently
-    if kv_policy == NAMED["bf16"]:
+    if kv_policy == NAMED_KV["bf16"]:
         assert max(error.k_rel_l2, error.v_rel_l2) <= 2**-8, error
-        assert nbytes == 2 * values
-    if kv_policy.name in NAMED and kv_policy.name not in ("bf16", "fp32"):
-        assert nbytes < 2 * values
+        assert token_nbytes == 2 * values
+    if kv_policy.name in NAMED_KV and kv_policy.name not in ("bf16", "fp32"):
+        assert token_nbytes < 2 * values
 
     dense = Dense(spec, kept + (1 + TURNS) * TIMED_TOKENS)
     dense.append(k[:, -kept:], v[:, -kept:])
     # Ratios are of times taken in turn, so that a busy machine is busy for both; the first turn sets things up.
     turns = [times_of(stored, k, v) + times_of(dense, k, v) for _ in range(1 + TURNS)][1:]
     append_s, read_s, dense_append_s, dense_read_s = map(statistics.median, zip(*turns, strict=True))
-    metrics = vars(error) | {
-        "nbytes": nbytes,
-        "bits_per_value": 8 * nbytes / values,
-        "append_s": append_s,
-        "read_s": read_s,
-    }
-    details = {"spec": str(kv_policy), "dense_append_s": dense_append_s, "dense_read_s": dense_read_s, "tokens": tokens}
-    record("kv", {"kv_policy": kv_policy.name, "layer_type": layer_type}, metrics, details)
+    record(
+        KVRecord(
+            kv_policy=kv_policy.name,
+            layer_type=layer_type,
+            **vars(error),
+            nbytes=token_nbytes,
+            bits_per_value=8 * token_nbytes / values,
+            append_s=append_s,
+            read_s=read_s,
+            spec=kv_policy,
+            dense_append_s=dense_append_s,
+            dense_read_s=dense_read_s,
+            tokens=tokens,
+        )
+    )
     benchmark.pedantic(stored.read, rounds=TURNS)
 
 
@@ -180,18 +189,21 @@ def test_divergence(kv_policy, kv_context, run, captured, divergences, record, b
     """What a policy does to the next token where so much text is cached; timed is reading one full layer that long."""
     divergence = divergences(kv_policy, kv_context)
     assert divergence.isfinite().all()
-    if kv_policy == NAMED["fp32"]:
+    if kv_policy == NAMED_KV["fp32"]:
         assert divergence.abs().max() < 1e-6
-    metrics = {
-        "kl_divergence": float(divergence.mean()),
-        "nbytes": kv_policy.nbytes(run.config, kv_context) / kv_context,
-    }
-    details = {"tokens": len(divergence), "kl_se": float(divergence.std() / len(divergence) ** 0.5)}
-    labels = {"kv_policy": kv_policy.name, "context": str(kv_context)}
-    record("kv_divergence", labels, metrics, details)
+    record(
+        KVDivergenceRecord(
+            kv_policy=kv_policy.name,
+            context=kv_context,
+            kl_divergence=float(divergence.mean()),
+            nbytes=nbytes(kv_policy, run.config, kv_context) / kv_context,
+            tokens=len(divergence),
+            kl_se=float(divergence.std() / len(divergence) ** 0.5),
+        )
+    )
     layer = first_kv_source(run.config, FULL).index
     stored = KVCache(run.config, kv_policy)
-    stored.append(layer, captured.keys[layer][:, :kv_context], captured.values[layer][:, :kv_context])
+    stored.append(layer, *(kept[layer][None, :, :kv_context] for kept in (captured.keys, captured.values)))
     benchmark.pedantic(lambda: (stored.keys(layer), stored.values(layer)), rounds=3)
 
 
@@ -224,17 +236,23 @@ def test_bytes(kv_policy, model, tokens, run, record, benchmark):
     config = E4B if model == "E4B" else run.config
     if tokens > config.max_position_embeddings:
         pytest.skip(f"the model takes {config.max_position_embeddings} tokens")
-    nbytes, all_layers = (kv_policy.nbytes(each, tokens) for each in (config, all_owning(config)))
-    parts = {layer_type: kv_policy.nbytes(only(config, layer_type), tokens) for layer_type in (SLIDING, FULL)}
-    assert sum(parts.values()) == nbytes <= all_layers
-    if model == "E4B" and kv_policy == NAMED["bf16"]:
+    total, all_layers = (nbytes(kv_policy, each, tokens) for each in (config, all_owning(config)))
+    parts = {layer_type: nbytes(kv_policy, only(config, layer_type), tokens) for layer_type in (SLIDING, FULL)}
+    assert sum(parts.values()) == total <= all_layers
+    if model == "E4B" and kv_policy == NAMED_KV["bf16"]:
         assert parts == {FULL: 16_384 * tokens, SLIDING: 40_960 * min(tokens, 512)}
-    details = {"all_layers_nbytes": all_layers, "parts": parts}
-    if model == "E4B" and kv_policy == NAMED["original"]:
-        details["published"] = published()
-    labels = {"kv_policy": kv_policy.name, "model": model, "tokens": str(tokens)}
-    record("kv_bytes", labels, {"nbytes": nbytes}, details)
-    benchmark.pedantic(kv_policy.nbytes, (config, tokens), rounds=1)
+    record(
+        KVBytesRecord(
+            kv_policy=kv_policy.name,
+            model=model,
+            tokens=tokens,
+            nbytes=total,
+            all_layers_nbytes=all_layers,
+            parts=parts,
+            published=published() if model == "E4B" and kv_policy == NAMED_KV["original"] else {},
+        )
+    )
+    benchmark.pedantic(nbytes, (kv_policy, config, tokens), rounds=1)
 
 
 # Full of tokens that wait for their block to fill: one more would fill blocks of every power of two.
@@ -244,13 +262,13 @@ UNEVEN_TOKENS = 8191
 def bits_a_value(policy, config, layer_type, tokens):
     """Bits that a policy stores of one value of the layers of a type."""
     one = only(config, layer_type)
-    return 16 * policy.nbytes(one, tokens) / NAMED["bf16"].nbytes(one, tokens)
+    return 16 * nbytes(policy, one, tokens) / nbytes(NAMED_KV["bf16"], one, tokens)
 
 
 @pytest.mark.parametrize(("name", "asked"), [("int8", 8), ("int4", 4), ("int4+had", 4), ("per-channel-k", 4)])
 def test_stored_bits_are_near_those_asked_for(name, asked):
     """On E4B's full layers, within 10%, scales and the tokens not yet quantized included."""
-    assert asked <= bits_a_value(NAMED[name], E4B, FULL, UNEVEN_TOKENS) <= 1.1 * asked
+    assert asked <= bits_a_value(NAMED_KV[name], E4B, FULL, UNEVEN_TOKENS) <= 1.1 * asked
 
 
 @pytest.mark.parametrize("layer_type", [SLIDING, FULL])
@@ -258,7 +276,7 @@ def test_the_searched_policies_keep_to_their_budgets(layer_type, run):
     """`p-rope` stores no more than `original`, `p-rope-4` at most 4.25 bits a value."""
     places = [(E4B, UNEVEN_TOKENS)] + [(run.config, run.config.max_position_embeddings)] * run.is_default
     for config, tokens in places:
-        bits = {name: bits_a_value(policy, config, layer_type, tokens) for name, policy in NAMED.items()}
+        bits = {name: bits_a_value(policy, config, layer_type, tokens) for name, policy in NAMED_KV.items()}
         assert bits["p-rope"] <= bits["original"]
         assert bits["p-rope-4"] <= 4.25
 
@@ -275,5 +293,5 @@ def test_the_searched_policies_are_better_on_full_layers(better, other, most, ru
     """Error of the attention output, on text that they were not searched on."""
     if not run.is_default:
         pytest.skip("they were searched on the small trained model")
-    better, other = (errors(NAMED[name], FULL).attention_rel_l2 for name in (better, other))
+    better, other = (errors(NAMED_KV[name], FULL).attention_rel_l2 for name in (better, other))
     assert better <= most * other

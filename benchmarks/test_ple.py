@@ -14,13 +14,22 @@ import torch
 
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.gemma4.model import begin, head
-from epic_quant.gemma4.tensors import TensorClass
 from epic_quant.metrics import kl_divergence, squared_norm
 from epic_quant.ple import PLERowCache, pack_table, pages, simulation, traces
 from epic_quant.ple.packing import Table
 from epic_quant.ple.residency import NAMES, Residency
-from epic_quant.policy import NAMED, Policy
-from epic_quant.quant import quantizer
+from epic_quant.policy import PolicyWeights
+from epic_quant.quant import quantize
+from epic_quant.records.subjects import (
+    LOWEST_IDS,
+    OPTIMUM,
+    PLEColdRecord,
+    PLEGuardRecord,
+    PLEHitsRecord,
+    PLEHotRecord,
+    PLEMemoryRecord,
+)
+from epic_quant.spec import BF16, NAMED, PolicySpec, TensorClass, WeightSpec
 
 FACTS = Path(__file__).parent / "facts"
 PUBLISHED = json.loads((FACTS / "published-numbers.json").read_text(encoding="utf-8"))["epic_quant_original"]["ple"]
@@ -33,8 +42,8 @@ ORIGINAL_TOKENS = 200_000
 ZIPF_TOKENS = 100_000
 WORDS_TOKENS = 300_000
 CAPACITIES = (50, 100, 200, 500, 1000, 2000, 5000, 20_000, 50_000)
-STATIC_LOWEST, STATIC_FREQUENT, OPTIMUM = "static, lowest ids", "static, most frequent", "optimum"
-RESIDENCIES = (STATIC_LOWEST, STATIC_FREQUENT, "lru", "static+lru", "w-lrfu", OPTIMUM)
+STATIC_FREQUENT = "static, most frequent"
+RESIDENCIES = (LOWEST_IDS, STATIC_FREQUENT, "lru", "static+lru", "w-lrfu", OPTIMUM)
 WORDS = "stand-in: words of Python's library"
 EVALUATION = "evaluation text"
 TRACES = {
@@ -102,20 +111,23 @@ def test_hits(trace_name, residency, trace_of, record, benchmark):
     judged = trace[len(trace) // 2 :]
     capacities = [rows for rows in CAPACITIES if table_rows / 1500 <= rows <= table_rows]
     rates = [count / len(judged) for count in hits(residency, trace, capacities, table_rows)]
-    if residency == STATIC_LOWEST and trace_name == "original 85/15":
+    if residency == LOWEST_IDS and trace_name == "original 85/15":
         assert abs(rates[capacities.index(traces.ORIGINAL_HOT_ROWS)] - traces.ORIGINAL_HOT_SHARE) < 0.003
-    details = {
-        "capacities": capacities,
-        "hit_rates": rates,
-        "row_nbytes": row_nbytes,
-        "tokens": len(judged),
-        "distinct": len(np.unique(judged)),
-        # What a cache can hit at the most that has to meet a token before it can hold its row.
-        "met_before": simulation.lru(trace, [table_rows], len(trace) // 2)[0] / len(judged),
-        "original_rows": traces.ORIGINAL_HOT_ROWS,
-    }
-    at_original = dict(zip(capacities, rates, strict=True)).get(traces.ORIGINAL_HOT_ROWS)
-    record("ple_hits", {"trace": trace_name, "residency": residency}, {"hit_rate": at_original}, details)
+    record(
+        PLEHitsRecord(
+            trace=trace_name,
+            residency=residency,
+            hit_rate=dict(zip(capacities, rates, strict=True)).get(traces.ORIGINAL_HOT_ROWS),
+            capacities=tuple(capacities),
+            hit_rates=tuple(rates),
+            row_nbytes=row_nbytes,
+            tokens=len(judged),
+            distinct=len(np.unique(judged)),
+            # What a cache can hit at the most that has to meet a token before it can hold its row.
+            met_before=simulation.lru(trace, [table_rows], len(trace) // 2)[0] / len(judged),
+            original_rows=traces.ORIGINAL_HOT_ROWS,
+        )
+    )
     name = residency if residency in NAMES else "static"
     bookkeeping = Residency.named(name, table_rows, capacities[-1])
     benchmark.pedantic(bookkeeping.look_up, (judged[:10_000],), rounds=1)
@@ -233,13 +245,21 @@ def test_hot(table, way, batch, source_of, record, benchmark):
                 "index_select": partial(dense.index_select, 0, ids),
                 "the original's": partial(original.tokens, drawn),
             }
-            details = {"tokens": batch, "layers": found.num_layers}
+            throughput_to_dense = None
             if way == "cache":
                 # Ratios are of times taken in turn, so that a busy machine is busy for both.
                 turns = [{name: median_s(calls[name], 20) for name in HOT_WAYS[:2]} for _ in range(9)]
-                details["throughput_to_dense"] = float(np.median([t["index_select"] / t["cache"] for t in turns]))
-            labels = {"table": table, "way": way, "heat": "hot", "batch": str(batch), "threads": "1"}
-            record("ple_speed", labels, {}, details)
+                throughput_to_dense = float(np.median([t["index_select"] / t["cache"] for t in turns]))
+            record(
+                PLEHotRecord(
+                    table=table,
+                    way=way,
+                    batch=batch,
+                    tokens=batch,
+                    layers=found.num_layers,
+                    throughput_to_dense=throughput_to_dense,
+                )
+            )
             benchmark.pedantic(calls[way], rounds=10 if way == "the original's" else 50, iterations=5, warmup_rounds=1)
 
 
@@ -281,7 +301,7 @@ class ColdPass:
             self.checkpoint,
             capacity_rows=1,
             reads="mapped" if self.way == "mapped" else "positioned",
-            spec="int8" if "int8" in self.way else "bf16",
+            spec=WeightSpec("int8") if "int8" in self.way else BF16,
             packed=self.packed,
         )
 
@@ -323,15 +343,21 @@ def test_cold(table, way, batch, threads, source_of, packed_of, record, benchmar
     # Opening a small file may bring all of it along; then nothing is fetched, and nothing was cold.
     known = cold.is_cold is True and (fetched is None or fetched >= asked)
     p50, p99 = np.percentile(cold.times, [50, 99])
-    metrics = {
-        "p50_s": float(p50) if known else None,
-        "p99_s": float(p99) if known else None,
-        "bytes_read": asked,
-        "fetched_nbytes": fetched if known else None,
-    }
-    details = {"tokens": cold.tokens, "pass_s": seconds if known else None, "calls": len(cold.times)}
-    labels = {"table": table, "way": way, "heat": "cold", "batch": str(batch), "threads": str(threads)}
-    record("ple_speed", labels, metrics, details)
+    record(
+        PLEColdRecord(
+            table=table,
+            way=way,
+            batch=batch,
+            threads=threads,
+            p50_s=float(p50) if known else None,
+            p99_s=float(p99) if known else None,
+            bytes_read=asked,
+            fetched_nbytes=fetched if known else None,
+            tokens=cold.tokens,
+            calls=len(cold.times),
+            pass_s=seconds if known else None,
+        )
+    )
     benchmark.pedantic(cold, setup=cold.evict, teardown=lambda *_: cold.close(), rounds=1)
 
 
@@ -345,7 +371,8 @@ def packed_of(source_of, tmp_path_factory):
             with source_of(table)() as checkpoint:
                 if checkpoint.nbytes(Table.of(checkpoint).name) > 2**30 and table != LARGE:
                     pytest.skip("packing this table is a run of its own: epic_quant.ple.pack_table")
-                made[table] = pack_table(checkpoint, "int8", tmp_path_factory.mktemp("packed") / "table.safetensors")
+                folder = tmp_path_factory.mktemp("packed")
+                made[table] = pack_table(checkpoint, WeightSpec("int8"), folder / "table.safetensors")
         return made[table]
 
     yield packed
@@ -372,9 +399,7 @@ def test_resident(table, source_of, record, benchmark):
                 added = None
             if table == LARGE and added is not None:
                 assert 0.9 * held <= added <= 1.1 * held + COLD_BATCH * cache.row_nbytes
-            metrics = {"nbytes": held, "anonymous_nbytes": added}
-            labels = {"table": table, "way": "positioned", "heat": "resident", "batch": str(COLD_BATCH), "threads": "1"}
-            record("ple_speed", labels, metrics, {"tokens": COLD_BATCH})
+            record(PLEMemoryRecord(table=table, nbytes=held, anonymous_nbytes=added))
             benchmark.pedantic(cache.rows, (torch.arange(COLD_BATCH),), rounds=3)
 
 
@@ -385,19 +410,19 @@ GUARD_TOKENS = 256
 
 def guarded_pairs(config):
     """Every guarded class with each spec of the ladder and of the run's policies, but for those that need Hessians."""
-    policies = [*NAMED.values(), *map(Policy.parse, config.getoption("policy"))]
-    said = [(part, policy.specs[part]) for policy in policies for part in GUARDED]
-    pairs = dict.fromkeys([*((part, spec) for part in GUARDED for spec in GUARD_SPECS), *said])
-    return [(part, spec) for part, spec in pairs if spec != "bf16" and not spec.endswith("+gptq")]
+    policies = [*NAMED.values(), *map(PolicySpec.parse, config.getoption("policy"))]
+    asked = [(part, policy.class_spec(part)) for policy in policies for part in GUARDED]
+    pairs = dict.fromkeys([*((part, WeightSpec.parse(spec)) for part in GUARDED for spec in GUARD_SPECS), *asked])
+    return [(part, str(spec)) for part, spec in pairs if spec != BF16 and not spec.gptq]
 
 
 @pytest.fixture(scope="session")
 def divergences(run, request):
     """KL divergence of every guarded class and spec: all variants go through a layer before the next is read."""
-    plain = Policy.parse("bf16").weights(run.checkpoint)
+    plain = PolicyWeights(run.checkpoint, PolicySpec.parse("bf16"))
     weights = {None: plain} | {
-        pair: Policy(f"{pair[0]}={pair[1]}", {pair[0]: pair[1]}).weights(run.checkpoint)
-        for pair in guarded_pairs(request.config)
+        (part, spec): PolicyWeights(run.checkpoint, PolicySpec.of(f"{part}={spec}", {part: spec}))
+        for part, spec in guarded_pairs(request.config)
     }
     window = run.windows(1, GUARD_TOKENS)
     with torch.inference_mode():
@@ -418,18 +443,23 @@ def divergences(run, request):
 
 def test_guard(guarded, spec, run, divergences, record, benchmark):
     """What fewer bits do to the table or the projections, and that alone to the output; timed is the quantizing."""
-    scheme = quantizer(spec)
+    weight_spec = WeightSpec.parse(spec)
     error = norm = nbytes = weights = 0
     for tensor in run.tensors_of(TensorClass(guarded)):
         weight = run.sample(tensor)
-        quantized = scheme.quantize(weight)
+        quantized = quantize(weight, weight_spec)
         error += squared_norm(quantized.dequantize() - weight.float())
         norm, nbytes, weights = norm + squared_norm(weight), nbytes + quantized.nbytes, weights + weight.numel()
-    metrics = {
-        "rel_l2": math.sqrt(error / norm),
-        "bits_per_weight": 8 * nbytes / weights,
-        "kl_divergence": divergences[TensorClass(guarded), spec],
-    }
-    assert all(map(math.isfinite, metrics.values()))
-    record("ple_guard", {"tensor_class": guarded, "spec": spec}, metrics, {"tokens": GUARD_TOKENS})
-    benchmark.pedantic(scheme.quantize, (weight[:256],), rounds=1)
+    rel_l2, divergence = math.sqrt(error / norm), divergences[TensorClass(guarded), spec]
+    assert all(map(math.isfinite, (rel_l2, divergence)))
+    record(
+        PLEGuardRecord(
+            tensor_class=guarded,
+            spec=weight_spec,
+            rel_l2=rel_l2,
+            bits_per_weight=8 * nbytes / weights,
+            kl_divergence=divergence,
+            tokens=GUARD_TOKENS,
+        )
+    )
+    benchmark.pedantic(quantize, (weight[:256], weight_spec), rounds=1)

@@ -1,35 +1,41 @@
-"""What each policy, and each tensor class alone, does to the model's predictions: perplexity and KL divergence.
+"""What each policy, and each tensor class alone, does to the model's predictions: predicted and measured.
 
-Everything is evaluated in three streamed runs, for the policies, for the sensitivities, and for the recipes that come
-of them; tests then take their records from these. On a checkpoint over 1 GB sensitivities and recipes are measured only
-where they are asked for: with `-k sensitivity`, `-k "quality or sensitivity"` for all of this file, or `--by-layer`,
-which adds the sensitivities of every layer alone.
+One backward pass over the calibration text prices every tensor under every spec. From the prices come recipes, and what
+is predicted of every policy. Measured are, on the evaluation text, the policies, ablations, and recipes, each in one
+streamed run. On a checkpoint over 1 GB prices, ablations and recipes are made only where they are asked for: with
+`--prices`, or with `--by-layer`, which adds the ablations of every layer alone.
 
 K and V are kept in the dtype computed in unless a policy quantizes them: what bf16 does is told by `bf16-compute`.
 """
 
 import math
+import time
 from dataclasses import asdict
+from functools import cache
 
 import pytest
 
-from epic_quant import footprint
-from epic_quant.errors import RecipeError
+from epic_quant import footprint, kv
+from epic_quant.errors import RecipeError, SpecError
+from epic_quant.files import atomic
 from epic_quant.gemma4.tensors import expected_tensors
-from epic_quant.policy import NAMED, Policy
-from epic_quant.quality import KV_CACHE, NOISE_FLOOR, Variant, measure
-from epic_quant.recipe.assignment import within_resident
-from epic_quant.records import Record
-from epic_quant.results.run import Run as Results
+from epic_quant.policy import tensor_nbytes
+from epic_quant.prices import price
+from epic_quant.quality import Variant, measure
+from epic_quant.recipe.assignment import BY, Problem
+from epic_quant.records.subjects import PricesRecord, QualityRecord, SensitivityRecord
+from epic_quant.results.prices import write_prices
+from epic_quant.spec import KV_CACHE, NAMED, NOISE_FLOOR, REFERENCE, PolicySpec
 
 EVALUATION, CALIBRATION = "evaluation", "calibration"
 
-# The names that records have for the fields of a `Quality`.
-METRICS = {"kl_divergence_se": "kl_se"}
-
 # What a recipe leaves as it is. The named policies keep K and V in bf16, and at a long context those outweigh a small
 # model's weights: only a recipe that keeps them too spends the same bytes on the same things.
-KEPT = {"in bf16": (KV_CACHE,), "chosen": ()}
+KEPT = {"in bf16": frozenset({KV_CACHE}), "chosen": frozenset()}
+
+# Recipes by tensor at these mean bits a weight, and how many the frontier has.
+RECIPE_BITS = (2, 3, 4, 5, 6)
+FRONTIER = 40
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +44,8 @@ def evaluated(run, pytestconfig, hessians_for):
     capture = pytestconfig.pluginmanager.getplugin("capturemanager")
 
     def evaluate(name, variants, windows):
-        hessians = hessians_for(*{spec for variant in variants.values() for spec in specs_of(variant)})
+        policies = [one.policy if isinstance(one, Variant) else one for one in variants.values()]
+        hessians = hessians_for(*{spec for policy in policies for spec in policy.weight_specs})
         with capture.global_and_fixture_disabled():
             print("", *run.plan_of(name, variants, len(windows)), sep="\n", flush=True)
             return measure(
@@ -54,10 +61,6 @@ def evaluated(run, pytestconfig, hessians_for):
     return evaluate
 
 
-def specs_of(variant):
-    return variant.specs if isinstance(variant, Variant) else variant.all_specs
-
-
 @pytest.fixture(scope="session")
 def qualities(run, evaluated):
     """What came out for every policy on the evaluation text."""
@@ -66,136 +69,250 @@ def qualities(run, evaluated):
 
 @pytest.fixture(scope="session")
 def sensitivities(run, evaluated):
-    """What came out for every change, on the windows of the evaluation text and after them those of the other."""
-    return evaluated(
-        "sensitivity", {name: change.variant() for name, change in run.changes.items()}, run.sensitivity_windows
-    )
+    """What came out for every ablation on the evaluation text."""
+    variants = {name: ablation.policy for name, ablation in run.ablations.items()}
+    return evaluated("sensitivity", variants, run.quality_windows)
 
 
 @pytest.fixture(scope="session")
-def recipes(run, sensitivities):
-    """By policy and what is kept, the recipe of least predicted divergence at the policy's resident bytes.
+def prices(run, pytestconfig, hessians_for):
+    """The prices on the calibration text, which also lie in a file beside the JSON; and the seconds that they took."""
+    if not run.wants_prices:
+        pytest.skip("on a checkpoint over 1 GB only with --prices or --by-layer")
+    specs = run.priced_specs
+    hessians = hessians_for(*specs)
+    capture = pytestconfig.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled(), run.progress("prices", run.config.num_layers * 2 + 3) as step:
+        start = time.perf_counter()
+        found = price(
+            run.checkpoint,
+            run.price_windows,
+            specs,
+            run.priced_kv,
+            hessians=hessians,
+            context=run.context_of(run.config),
+            facts=run.price_facts,
+            reduced_precision=run.reduces_precision,
+            memory_nbytes=run.memory_nbytes,
+            folder=run.options.resume,
+            progress=step,
+        )
+        elapsed_s = time.perf_counter() - start
+    if (path := run.prices_file) is not None:
+        with atomic(path) as unfinished:
+            write_prices(found, unfinished)
+    return found, elapsed_s
 
-    It is made of the calibration text's sensitivities; a RecipeError where there is none as small.
+
+@pytest.fixture(scope="session")
+def problem(run, prices):
+    """`problem(by, keep)`: what recipes are chosen from."""
+    ple = run.policies[REFERENCE].ple
+    ple = type(ple)("lru", ple.capacity_rows) if ple.residency == "static" else ple
+
+    @cache
+    def made(by="tensor", keep=KEPT["in bf16"]):
+        return Problem(prices[0], resident(run, run.policies[REFERENCE]), ple, by, keep)
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def recipes(run, problem):
+    """By what a recipe is made at, a policy's resident bytes or bits a weight, and what is done with K and V.
+
+    A RecipeError where there is none as small.
     """
-    bf16 = run.policies["bf16"]
-    plain = Record("quality", {"policy": "bf16"}, {}, {"policy": str(bf16), "parts": resident(run, bf16)})
-    alone = [sensitivity_record(run, sensitivities, change, CALIBRATION) for change in run.changes.values()]
-    results = Results({}, (plain, *alone))
 
-    def made(policy, keep):
+    def made(make):
         try:
-            return within_resident(results, sum(resident(run, policy).values()), keep=keep)
+            return make()
         except RecipeError as error:
             return error
 
-    return {
-        (name, kv): made(policy, keep)
+    at_policies = {
+        (name, treatment): made(lambda keep=keep, policy=policy: problem(keep=keep).within_resident(total(run, policy)))
         for name, policy in run.policies.items()
-        if name != "bf16"
-        for kv, keep in KEPT.items()
+        if name != REFERENCE
+        for treatment, keep in KEPT.items()
     }
+    at_bits = {(f"{bits} bits", "in bf16"): made(lambda bits=bits: problem().within_bits(bits)) for bits in RECIPE_BITS}
+    return at_policies | at_bits
 
 
 @pytest.fixture(scope="session")
 def recipe_qualities(run, evaluated, recipes):
     """What came out for every recipe on the evaluation text, by its policy string."""
-    strings = {recipe.policy: None for recipe in recipes.values() if not isinstance(recipe, RecipeError)}
-    return evaluated("recipe", {text: Policy.parse(text) for text in strings}, run.quality_windows)
+    policies = {str(one.policy): one.policy for one in recipes.values() if not isinstance(one, RecipeError)}
+    return evaluated("recipe", policies, run.quality_windows)
 
 
 @pytest.fixture
 def record_quality(run, record, benchmark):
     """Record what came out under a name, with the bytes of the policy; timed is the summing up of its tokens."""
 
-    def write(name, policy, evaluation, measured_as, metrics=None, details=None):
+    def write(name, policy, evaluation, measured_as, **recipe):
         tokens = evaluation.tokens[measured_as]
         quality = asdict(tokens.quality())
         num_tokens = quality.pop("num_tokens")
         assert all(map(math.isfinite, quality.values()))
         parts = resident(run, policy)
-        metrics = {METRICS.get(key, key): value for key, value in quality.items()} | (metrics or {})
-        metrics |= {
-            "resident_nbytes": sum(parts.values()),
-            "nbytes": sum(
-                footprint.tensor_nbytes(policy, tensor) for tensor in expected_tensors(run.config) if not tensor.unused
-            ),
-        }
-        details = (details or {}) | {"policy": str(policy), "parts": parts, "num_tokens": num_tokens}
-        record("quality", {"policy": name}, metrics, details | {"resumed_after": evaluation.resumed_after})
+        record(
+            QualityRecord(
+                policy=name,
+                kl_se=quality.pop("kl_divergence_se"),
+                **quality,
+                resident_nbytes=sum(parts.values()),
+                nbytes=sum(
+                    tensor_nbytes(policy, tensor) for tensor in expected_tensors(run.config) if not tensor.unused
+                ),
+                spec=policy,
+                parts=parts,
+                num_tokens=num_tokens,
+                resumed_after=evaluation.resumed_after,
+                **recipe,
+            )
+        )
         benchmark.pedantic(tokens.quality)
 
     return write
 
 
 def resident(run, policy):
-    return footprint.resident(policy, run.config, run.options.context)
+    return footprint.resident(policy, run.config, run.context_of(run.config))
 
 
-def test_quality(policy, run, qualities, record_quality):
+def total(run, policy):
+    return sum(resident(run, policy).values())
+
+
+@pytest.fixture
+def predicted(request, run):
+    """`predicted(policy)`: its divergence by the prices; None where there are none of one of its specs."""
+
+    def predict(policy):
+        if not run.wants_prices:
+            return None
+        try:
+            return request.getfixturevalue("prices")[0].predict(policy).kl_divergence
+        except SpecError:
+            return None
+
+    return predict
+
+
+def test_quality(policy, run, qualities, predicted, record_quality):
     """Every policy against the checkpoint's own weights in fp32."""
     if policy.name not in run.evaluated:
         pytest.skip("no --hessians given, and gathering them on a checkpoint over 1 GB is a run of its own")
-    record_quality(policy.name, policy, qualities, policy.name)
+    record_quality(policy.name, policy, qualities, policy.name, predicted_kl_divergence=predicted(policy))
 
 
 def test_noise_floor(qualities, record_quality):
     """The same weights computed in bf16: what lies below it is noise."""
-    record_quality(NOISE_FLOOR, NAMED["bf16"], qualities, NOISE_FLOOR)
+    record_quality(NOISE_FLOOR, NAMED[REFERENCE], qualities, NOISE_FLOOR)
 
 
-@pytest.mark.parametrize("text", [EVALUATION, CALIBRATION])
-def test_sensitivity(ablation_name, text, run, sensitivities, record, benchmark):
-    """One class, or the KV cache, quantized alone; on the text that is judged on, and on the one recipes are fitted to.
+def test_prices(run, prices, problem, record, benchmark):
+    """What every tensor costs under every spec, the frontier of recipes, and one spec a class, kind or layer."""
+    found, elapsed_s = prices
+    tensors = {
+        one.name: {
+            "tensor_class": one.target.tensor_class.value,
+            "kind": one.target.kind,
+            "layer": one.layer,
+            "numel": one.numel,
+            "specs": {
+                spec: [*found.price(one, spec), nbytes] for spec, nbytes in zip(one.candidates, one.nbytes, strict=True)
+            },
+        }
+        for one in found.tensors
+    }
+    assert all(math.isfinite(kl) for one in tensors.values() for kl, _, _ in one["specs"].values())
+    compared = []
+    for bits in RECIPE_BITS:
+        made = {by: problem(by).within_bits(bits) for by in BY}
+        nbytes = max(recipe.nbytes for recipe in made.values())
+        compared.append(
+            {"bits": bits, "nbytes": nbytes, "predicted": {by: recipe.predicted for by, recipe in made.items()}}
+        )
+    frontier = [
+        {
+            "resident_nbytes": one.resident_nbytes,
+            "predicted": one.predicted,
+            "policy": str(one.policy),
+            "bits": one.bits_by_part,
+        }
+        for one in problem().frontier(FRONTIER)
+    ]
+    record(
+        PricesRecord(
+            text=CALIBRATION,
+            num_tokens=found.num_predicted,
+            samples=int(found.facts["samples"]),
+            elapsed_s=elapsed_s,
+            file=None if run.prices_file is None else run.prices_file.name,
+            tensors=tensors,
+            frontier=tuple(frontier),
+            by=tuple(compared),
+        )
+    )
+    benchmark.pedantic(found.predict, (NAMED["int4-g128"],), rounds=3)
+
+
+def test_sensitivity(ablation_name, run, sensitivities, predicted, record, benchmark):
+    """One class, or the KV cache, quantized alone, on the evaluation text; predicted from the calibration text.
 
     Bytes saved are those against bf16, of the whole class, a table's rows on disk included.
     """
-    made = sensitivity_record(run, sensitivities, run.changes[ablation_name], text)
-    assert math.isfinite(made.metrics["kl_divergence"])
-    record(made.subject, made.labels, made.metrics, made.details)
-    benchmark.pedantic(tokens_of(run, sensitivities, ablation_name, text).quality)
+    ablation = run.ablations[ablation_name]
+    tokens = sensitivities.tokens[ablation_name]
+    quality = tokens.quality()
+    assert math.isfinite(quality.kl_divergence)
+    whole, nbytes = (stored_nbytes(ablation, policy, run) for policy in (PolicySpec(REFERENCE), ablation.policy))
+    record(
+        SensitivityRecord(
+            tensor_class=ablation.what,
+            spec=ablation.spec_name,
+            text=EVALUATION,
+            layer=ablation.layer,
+            kl_divergence=quality.kl_divergence,
+            kl_se=quality.kl_divergence_se,
+            predicted_kl_divergence=predicted(ablation.policy),
+            saved_nbytes=whole - nbytes,
+            kl_per_mb=quality.kl_divergence / ((whole - nbytes) / 1e6) if whole > nbytes else None,
+            nbytes=nbytes,
+            num_tokens=quality.num_tokens,
+            resumed_after=sensitivities.resumed_after,
+            kv=ablation.spec if ablation.what == KV_CACHE else None,
+        )
+    )
+    benchmark.pedantic(tokens.quality)
 
 
-def tokens_of(run, sensitivities, ablation_name, text):
-    half = run.num_windows
-    return sensitivities.tokens[ablation_name].windows(slice(half) if text == EVALUATION else slice(half, None))
-
-
-def sensitivity_record(run, sensitivities, change, text):
-    quality = tokens_of(run, sensitivities, str(change), text).quality()
-    whole, nbytes = (stored_nbytes(change, policy, run) for policy in (Policy("bf16", {}), change.policy()))
-    metrics = {
-        "kl_divergence": quality.kl_divergence,
-        "kl_se": quality.kl_divergence_se,
-        "saved_nbytes": whole - nbytes,
-        "kl_per_mb": quality.kl_divergence / ((whole - nbytes) / 1e6) if whole > nbytes else None,
-    }
-    labels = {"tensor_class": change.tensor_class, "spec": change.spec, "text": text}
-    if change.layer is not None:
-        labels["layer"] = str(change.layer)
-    details = {"nbytes": nbytes, "num_tokens": quality.num_tokens, "resumed_after": sensitivities.resumed_after}
-    if change.tensor_class == KV_CACHE:
-        details["spec"] = str(change.policy().kv)
-    return Record("sensitivity", labels, metrics, details)
-
-
-@pytest.mark.parametrize("kv", KEPT)
-def test_recipe(recipe_at, kv, run, recipes, recipe_qualities, record_quality):
-    """The recipe at a policy's resident bytes, its prediction from one text, and what it does on the other."""
-    recipe = recipes[recipe_at, kv]
+def test_recipe(recipe_at, recipe_kv, run, recipes, recipe_qualities, record_quality):
+    """The recipe at a policy's resident bytes, or some bits a weight: predicted from one text, measured on another."""
+    recipe = recipes[recipe_at, recipe_kv]
     if isinstance(recipe, RecipeError):
         pytest.skip(str(recipe))
-    metrics = {"predicted_kl_divergence": recipe.predicted}
-    details = {"recipe_at": recipe_at, "kv": kv}
-    policy = Policy.parse(recipe.policy)
-    assert sum(resident(run, policy).values()) <= sum(resident(run, run.policies[recipe_at]).values())
-    record_quality(f"recipe at {recipe_at}, K and V {kv}", policy, recipe_qualities, recipe.policy, metrics, details)
+    if recipe_at in run.policies:
+        assert total(run, recipe.policy) <= total(run, run.policies[recipe_at])
+    record_quality(
+        f"recipe at {recipe_at}, K and V {recipe_kv}",
+        recipe.policy,
+        recipe_qualities,
+        str(recipe.policy),
+        predicted_kl_divergence=recipe.predicted,
+        recipe_at=recipe_at,
+        kv=recipe_kv,
+    )
 
 
-def stored_nbytes(change, policy, run):
-    """Bytes of what the change is about under a policy; of the KV cache at the run's context."""
-    if change.tensor_class != KV_CACHE:
-        return sum(footprint.tensor_nbytes(policy, tensor) for tensor in change.tensors(run.config))
-    if change.layer is None:
-        return policy.kv.nbytes(run.config, run.options.context)
-    return policy.kv.layer_nbytes(run.config.layers[change.layer], run.options.context)
+def stored_nbytes(ablation, policy, run):
+    """Bytes of what the ablation is about under a policy; of the KV cache at the run's context."""
+    if ablation.what != KV_CACHE:
+        return sum(tensor_nbytes(policy, tensor) for tensor in ablation.tensors(run.config))
+    context = run.context_of(run.config)
+    if ablation.layer is None:
+        return footprint.kv_nbytes(policy, run.config, context)
+    return kv.layer_nbytes(policy.kv_of(ablation.layer), run.config.layers[ablation.layer], context)

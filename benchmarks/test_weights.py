@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from epic_quant.gemma4.config import TextConfig
-from epic_quant.gemma4.tensors import TensorClass, expected_tensors
+from epic_quant.gemma4.tensors import expected_tensors
 from epic_quant.metrics import decibels, kurtosis, relative, relative_l2, squared_norm, squared_output_norm
-from epic_quant.quant import lloyd_max_rel_l2, quantizer
+from epic_quant.policy import spec_of
+from epic_quant.quant import lloyd_max_rel_l2, quantize
+from epic_quant.records.subjects import GAUSSIAN, LadderRecord, SyntheticRecord, WeightsRecord
+from epic_quant.spec import TensorClass, WeightSpec
 
 SEED = 0
 
@@ -49,14 +52,14 @@ def _measure(specs, tensors, hessians):
     error = norm = nbytes = weights = 0
     by_tensor = {}
     for spec, (name, weight) in zip(specs, tensors, strict=True):
-        quantized = quantizer(spec).quantize(weight, hessians.get(name))
+        quantized = quantize(weight, spec, hessians.get(name))
         tensor_error = squared_norm(quantized.dequantize() - weight.float())
         tensor_norm = squared_norm(weight)
         by_tensor[name] = relative(tensor_error, tensor_norm)
         error, norm = error + tensor_error, norm + tensor_norm
         nbytes, weights = nbytes + quantized.nbytes, weights + weight.numel()
     metrics = {"rel_l2": relative(error, norm), "bits_per_weight": 8 * nbytes / weights, "nbytes": nbytes}
-    return metrics, {"tensors": by_tensor}
+    return metrics, by_tensor
 
 
 @pytest.fixture
@@ -69,44 +72,55 @@ def timed_weight(class_tensors, tensor_class):
 @pytest.mark.parametrize("op", ["quantize", "dequantize"])
 def test_weights(op, policy, tensor_class, run, errors, hessians_for, timed_weight, record, benchmark):
     """Relative L2 over every tensor of the class in every layer; then one tensor's conversion is timed."""
-    specs = tuple(policy.spec_of(tensor) for tensor in run.tensors_of(TensorClass(tensor_class)))
-    metrics, details = errors(specs, TensorClass(tensor_class))
+    specs = tuple(spec_of(policy, tensor) for tensor in run.tensors_of(TensorClass(tensor_class)))
+    metrics, tensors = errors(specs, TensorClass(tensor_class))
     assert math.isfinite(metrics["rel_l2"])
     name, weight = timed_weight
-    # What either way must move at the least, told in bf16 so that schemes compare.
-    metrics = metrics | {"bytes_read": weight.nbytes}
-    labels = {"policy": policy.name, "tensor_class": tensor_class, "spec": ", ".join(dict.fromkeys(specs)), "op": op}
-    record("weights", labels, metrics, details if op == "quantize" else {})
-    scheme = quantizer(specs[0])
-    timed = partial(scheme.quantize, weight, hessians_for(specs[0]).get(name))
+    record(
+        WeightsRecord(
+            policy=policy.name,
+            tensor_class=tensor_class,
+            specs=tuple(dict.fromkeys(specs)),
+            op=op,
+            **metrics,
+            bytes_read=weight.nbytes,  # what either way must move at least, in bf16 so that formats compare
+            tensors=tensors if op == "quantize" else {},
+        )
+    )
+    timed = partial(quantize, weight, specs[0], hessians_for(specs[0]).get(name))
     if op == "dequantize":
         timed = partial(timed().dequantize, torch.bfloat16)
     benchmark.pedantic(timed, rounds=3, warmup_rounds=1)
 
 
 # The ladder: the original's schemes, and what the same bits can do, from ternary up.
-LADDER = (
-    "absmax-ternary",
-    "ternary",
-    "ternary+had256",
-    "int2-g128",
-    "codebook2+had256",
-    "codebook2+had256+gptq",
-    "absmax3-packed",
-    "int3-g128",
-    "int3-g128+gptq",
-    "codebook3+had256",
-    "codebook3+had256+gptq",
-    "absmax4",
-    "int4",
-    "int4-g128",
-    "int4-g128+gptq",
-    "int4-g32",
-    "codebook4+had256",
-    "codebook4+had256+gptq",
-    "int5-g128",
-    "int6-g128",
-    "int8-g128",
+LADDER = tuple(
+    map(
+        WeightSpec.parse,
+        (
+            "absmax-ternary",
+            "ternary",
+            "ternary+had256",
+            "int2-g128",
+            "codebook2+had256",
+            "codebook2+had256+gptq",
+            "absmax3-packed",
+            "int3-g128",
+            "int3-g128+gptq",
+            "codebook3+had256",
+            "codebook3+had256+gptq",
+            "absmax4",
+            "int4",
+            "int4-g128",
+            "int4-g128+gptq",
+            "int4-g32",
+            "codebook4+had256",
+            "codebook4+had256+gptq",
+            "int5-g128",
+            "int6-g128",
+            "int8-g128",
+        ),
+    )
 )
 # What a linear layer multiplies; the two tables are looked up, so they have no Hessians.
 MULTIPLIED = tuple(part for part in TensorClass if part not in (TensorClass.PLE_TABLE, TensorClass.EMBEDDING))
@@ -149,25 +163,24 @@ def gaussian(shape):
 
 
 @pytest.mark.parametrize("tensor_class", TensorClass)
-@pytest.mark.parametrize("spec", LADDER)
+@pytest.mark.parametrize("spec", LADDER, ids=str)
 def test_ladder(
     spec, tensor_class, run, class_tensors, shapes_of, hessians_for, evaluation_hessians, record, benchmark
 ):
     """One rung: error of the weights and of the output on real activations, and the distance to the limits."""
-    scheme = quantizer(spec)
-    if scheme.gptq and tensor_class not in MULTIPLIED:
+    if spec.gptq and tensor_class not in MULTIPLIED:
         pytest.skip("a table that is looked up has no inputs to fit to")
     cols = run.tensors_of(tensor_class)[0].shape[1]
-    if not scheme.fits(cols):
-        pytest.skip(f"a group of {scheme.group_size} does not divide rows of {cols}")
+    if not spec.fits(cols):
+        pytest.skip(f"a group of {spec.group_size} does not divide rows of {cols}")
     hessians = hessians_for(spec)
-    if scheme.gptq and not hessians:
+    if spec.gptq and not hessians:
         pytest.skip("no --hessians given, and gathering them on a checkpoint over 1 GB is a run of its own")
 
     evaluated = evaluation_hessians is not None and tensor_class in MULTIPLIED
     error = norm = output_error = output_norm = nbytes = weights = 0
     for name, weight in class_tensors(tensor_class):
-        quantized = scheme.quantize(weight, hessians.get(name))
+        quantized = quantize(weight, spec, hessians.get(name))
         decoded = quantized.dequantize()
         error, norm = error + squared_norm(decoded - weight.float()), norm + squared_norm(weight)
         nbytes, weights = nbytes + quantized.nbytes, weights + weight.numel()
@@ -177,27 +190,29 @@ def test_ladder(
             output_norm += squared_output_norm(weight, judged)
 
     control = gaussian(weight.shape)
-    plain = quantizer(spec.removesuffix("+gptq"))
     bits, rel_l2 = 8 * nbytes / weights, relative(error, norm)
-    metrics = {
-        "rel_l2": rel_l2,
-        "bits_per_weight": bits,
-        "nbytes": nbytes,
-        "output_rel_l2": relative(output_error, output_norm) if evaluated else None,
-        "gaussian_rel_l2": relative_l2(plain.quantize(control).dequantize(), control),
-        "shannon_gap_db": decibels(rel_l2 / 2**-bits),
-        "lloyd_max_gap_db": lloyd_max_gap_db(rel_l2, scheme.scheme.num_levels),
-        **shapes_of(tensor_class),
-        "bytes_read": weight.nbytes,
-    }
     assert math.isfinite(rel_l2)
-    record("ladder", {"spec": spec, "tensor_class": tensor_class}, metrics)
-    benchmark.pedantic(scheme.quantize, (weight, hessians.get(name)))
+    record(
+        LadderRecord(
+            spec=spec,
+            tensor_class=tensor_class,
+            rel_l2=rel_l2,
+            bits_per_weight=bits,
+            nbytes=nbytes,
+            output_rel_l2=relative(output_error, output_norm) if evaluated else None,
+            gaussian_rel_l2=relative_l2(quantize(control, spec.without_gptq).dequantize(), control),
+            shannon_gap_db=decibels(rel_l2 / 2**-bits),
+            lloyd_max_gap_db=lloyd_max_gap_db(rel_l2, spec.info.num_levels),
+            **shapes_of(tensor_class),
+            bytes_read=weight.nbytes,
+        )
+    )
+    benchmark.pedantic(quantize, (weight, spec, hessians.get(name)))
 
 
 # What each distribution's values are made of, seeded: [rows, cols] at unit variance.
 DISTRIBUTIONS = {
-    "Gaussian": lambda rng, shape: rng.standard_normal(shape),
+    GAUSSIAN: lambda rng, shape: rng.standard_normal(shape),
     "Laplace": lambda rng, shape: rng.laplace(size=shape),
     "Student t, 5 degrees": lambda rng, shape: rng.standard_t(5, shape),
 }
@@ -206,16 +221,20 @@ SYNTHETIC_SHAPE = (2048, 2560)
 
 @pytest.mark.benchmark(min_rounds=3, max_time=0.2)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-@pytest.mark.parametrize("spec", [spec for spec in LADDER if not quantizer(spec).gptq])
+@pytest.mark.parametrize("spec", [spec for spec in LADDER if not spec.gptq], ids=str)
 def test_synthetic(spec, distribution, record, benchmark):
     """A scheme on synthetic weights of known distribution, and how fast it quantizes them."""
     values = DISTRIBUTIONS[distribution](np.random.default_rng(SEED), SYNTHETIC_SHAPE)
-    weight, scheme = torch.from_numpy(values).bfloat16(), quantizer(spec)
-    quantized = scheme.quantize(weight)
-    metrics = {
-        "rel_l2": relative_l2(quantized.dequantize(), weight),
-        "bits_per_weight": quantized.bits_per_weight,
-        "bytes_read": weight.nbytes,
-    }
-    record("synthetic", {"spec": spec, "distribution": distribution}, metrics, {"e4b_weights": E4B_WEIGHTS})
-    benchmark.pedantic(scheme.quantize, (weight,), rounds=3)
+    weight = torch.from_numpy(values).bfloat16()
+    quantized = quantize(weight, spec)
+    record(
+        SyntheticRecord(
+            spec=spec,
+            distribution=distribution,
+            rel_l2=relative_l2(quantized.dequantize(), weight),
+            bits_per_weight=quantized.bits_per_weight,
+            bytes_read=weight.nbytes,
+            e4b_weights=E4B_WEIGHTS,
+        )
+    )
+    benchmark.pedantic(quantize, (weight, spec), rounds=3)

@@ -11,38 +11,43 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from epic_quant.checkpoint import Checkpoint
     from epic_quant.gemma4.model import TextModel
-    from epic_quant.kv import KVCache, KVPolicy
+    from epic_quant.kv import KVCache
     from epic_quant.metrics import relative_l2
     from epic_quant.ple import PLERowCache
-    from epic_quant.policy import Policy
-    from epic_quant.quant import QuantizedTensor, quantizer
+    from epic_quant.policy import PolicyWeights
+    from epic_quant.quant import quantize
     from epic_quant.quant.linear import linear
+    from epic_quant.spec import KVSpec, PLESpec, PolicySpec, WeightSpec
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Checkpoint": "epic_quant.checkpoint",
     "KVCache": "epic_quant.kv",
-    "KVPolicy": "epic_quant.kv",
+    "KVSpec": "epic_quant.spec",
     "PLERowCache": "epic_quant.ple",
-    "Policy": "epic_quant.policy",
-    "QuantizedTensor": "epic_quant.quant",
+    "PLESpec": "epic_quant.spec",
+    "PolicySpec": "epic_quant.spec",
+    "PolicyWeights": "epic_quant.policy",
     "TextModel": "epic_quant.gemma4.model",
+    "WeightSpec": "epic_quant.spec",
     "linear": "epic_quant.quant",
-    "quantizer": "epic_quant.quant",
+    "quantize": "epic_quant.quant",
     "relative_l2": "epic_quant.metrics",
 }
 
 __all__ = [
     "Checkpoint",
     "KVCache",
-    "KVPolicy",
+    "KVSpec",
     "PLERowCache",
-    "Policy",
-    "QuantizedTensor",
+    "PLESpec",
+    "PolicySpec",
+    "PolicyWeights",
     "TextModel",
+    "WeightSpec",
     "linear",
-    "quantizer",
+    "quantize",
     "relative_l2",
 ]
 

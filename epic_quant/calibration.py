@@ -7,8 +7,6 @@ output error that a quantized weight makes on it.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from tqdm import tqdm
 from epic_quant import command_line
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import CheckpointError
+from epic_quant.files import safetensors_writer
 from epic_quant.gemma4.block import plain_linear
 from epic_quant.gemma4.config import TextConfig
 from epic_quant.gemma4.model import begin
@@ -80,7 +79,7 @@ def gather(checkpoint: Checkpoint, text: Path, windows: Tensor, path: Path, *, p
     """Run `windows` [n, tokens] of `text` through the checkpoint in fp32, a layer at a time, and write their Hessians.
 
     Only one layer's Hessians are held at a time. The file takes 4 bytes times the square of the columns of each
-    distinct input: 21 GB for E4B's shapes. It is written beside its place and renamed.
+    distinct input: 21 GB for E4B's shapes. It is there whole, or not at all.
     """
     weights = CheckpointWeights(checkpoint)
     sizes = _stored_sizes(weights)
@@ -89,17 +88,12 @@ def gather(checkpoint: Checkpoint, text: Path, windows: Tensor, path: Path, *, p
         "text_sha256": text_sha256(text),
         "num_tokens": str(windows.numel()),
     }
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with unfinished.open("wb") as file:
-            file.write(_header(sizes, facts))
-            for hessians in tqdm(_streamed(weights, windows), total=len(sizes), unit="tensor", disable=not progress):
-                file.write(hessians.numpy().tobytes())
-        unfinished.replace(path)
+        with safetensors_writer(path, {name: ("F32", (cols, cols)) for name, cols in sizes.items()}, facts) as write:
+            for hessian in tqdm(_streamed(weights, windows), total=len(sizes), unit="tensor", disable=not progress):
+                write(hessian.numpy().data)
     except OSError as error:
         raise CheckpointError(f"{path}: the Hessians cannot be written: {error}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
     return Hessians(path, checkpoint)
 
 
@@ -120,18 +114,6 @@ def _stored_sizes(weights: CheckpointWeights) -> dict[str, int]:
     layers = {t.name: t.shape[1] for t in matrices if t.layer is not None and _stored_name(t.name) == t.name}
     globals_ = {t.name: t.shape[1] for t in matrices if t.name == _MODEL_PROJECTION}
     return globals_ | layers
-
-
-def _header(sizes: Mapping[str, int], facts: Mapping[str, str]) -> bytes:
-    """A safetensors header written before its tensors are there, since together they may not fit in RAM."""
-    header: dict[str, object] = {"__metadata__": facts}
-    end = 0
-    for name, cols in sizes.items():
-        begin_, end = end, end + 4 * cols * cols
-        header[name] = {"dtype": "F32", "shape": [cols, cols], "data_offsets": [begin_, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 @torch.inference_mode()

@@ -113,6 +113,10 @@ class Checkpoint:
             text, files, _companion(folder, "config.json", config), _companion(folder, "tokenizer.json", tokenizer)
         )
 
+    def __reduce__(self) -> tuple[Callable[..., Checkpoint], tuple[object, ...]]:
+        """A copy in another process opens the same files."""
+        return _open_again, (self.source, self._config_path, self.tokenizer_path)
+
     def __enter__(self) -> Checkpoint:
         return self
 
@@ -200,6 +204,10 @@ class Checkpoint:
     def _check_open(self) -> None:
         if self._closed:
             raise CheckpointError(f"{self.source}: this checkpoint is closed")
+
+
+def _open_again(source: str, config: Path | None, tokenizer: Path | None) -> Checkpoint:
+    return Checkpoint.open(source, config=config, tokenizer=tokenizer)
 
 
 def _weight_files(place: Path) -> dict[Path, list[str]]:

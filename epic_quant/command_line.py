@@ -8,10 +8,12 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from epic_quant import __version__
-from epic_quant.errors import EpicQuantError
+from epic_quant.errors import EpicQuantError, SpecError
+from epic_quant.spec import NAMED, NOISE_FLOOR, PolicySpec
 
 _Main = Callable[[Sequence[str] | None], int]
 
@@ -45,6 +47,33 @@ def reports_errors(main: _Main) -> Callable[..., int]:
             return 2
 
     return wrapped
+
+
+def policy_of(text: str) -> PolicySpec:
+    """The policy that an argument means: its name, its string, or `@FILE` with a name or string in that file.
+
+    Of a file, white space and line breaks do not count, and the policy is called by the file's name without suffix.
+    Raises SpecError where the file cannot be read, is empty or has the name of another policy, and as
+    `PolicySpec.parse`.
+    """
+    if not text.startswith("@"):
+        return PolicySpec.parse(text)
+    path = Path(text[1:])
+    try:
+        content = "".join(path.read_text(encoding="utf-8").split())
+    except FileNotFoundError:
+        raise SpecError(f"{path}: no such file; expected one that holds a policy") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: cannot be read as a policy: {error}") from error
+    if not content:
+        raise SpecError(f"{path}: is empty; expected a policy")
+    try:
+        policy = PolicySpec.parse(content).renamed(path.stem)
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from error
+    if policy.name == NOISE_FLOOR or NAMED.get(policy.name, policy) != policy:
+        raise SpecError(f"{path}: {policy.name} is the name of another policy; rename the file")
+    return policy
 
 
 def print_text(text: str) -> None:

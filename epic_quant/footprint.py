@@ -1,22 +1,16 @@
-"""Bytes of a policy by tensor class, from a config alone.
-
-A few rows of each distinct shape are really quantized and their bytes multiplied, since every scheme stores rows
-apart and `nbytes` is linear in rows. So nothing here knows how a scheme lays out its bytes.
-"""
+"""Bytes of a policy by tensor class, from a config alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
 
 import torch
 
+from epic_quant import kv
 from epic_quant.gemma4.config import TextConfig
-from epic_quant.gemma4.tensors import TensorClass, TextTensor, expected_tensors
-from epic_quant.policy import Policy
-from epic_quant.quant import quantizer
-
-_PROBE_ROWS = 4
+from epic_quant.gemma4.tensors import TextTensor, expected_tensors
+from epic_quant.policy import row_nbytes, tensor_nbytes
+from epic_quant.spec import KV_CACHE, PolicySpec, TensorClass
 
 # The part of the original's published table that each tensor class is counted in.
 PUBLISHED_PARTS = {
@@ -27,40 +21,29 @@ PUBLISHED_PARTS = {
 }
 
 
-@cache
-def row_nbytes(spec: str, cols: int) -> float:
-    """Bytes a row of `cols` weights takes under `spec`, from rows of Gaussian noise really quantized.
-
-    Error compensation (`+gptq`) changes which codes are stored, not how, so it is left out of the probe.
-    """
-    weight = torch.randn(_PROBE_ROWS, cols, generator=torch.Generator().manual_seed(0)).bfloat16()
-    return quantizer(spec.removesuffix("+gptq")).quantize(weight).nbytes / _PROBE_ROWS
-
-
-def tensor_nbytes(policy: Policy, tensor: TextTensor) -> int:
-    """Bytes of one tensor under a policy; what is in no class (norms, scalars) stays bf16."""
-    if tensor.tensor_class is None:
-        return torch.empty(tensor.shape, dtype=torch.bfloat16, device="meta").nbytes
-    rows, cols = tensor.shape
-    return round(rows * row_nbytes(policy.spec_of(tensor), cols))
-
-
-def resident(policy: Policy, config: TextConfig, context: int) -> dict[str, int]:
+def resident(policy: PolicySpec, config: TextConfig, context: int) -> dict[str, int]:
     """What must be in RAM to run the text model at `context` tokens, bytes by part.
 
-    All live text weights, of the PLE table only the rows that the policy keeps, and K and V of the owning layers.
+    All text weights in use, of the PLE table only the rows that the policy keeps, and K and V of the KV source layers.
     """
     parts: dict[str, int] = {}
-    for tensor in _live(expected_tensors(config)):
+    for tensor in _used(expected_tensors(config)):
         part = "norms" if tensor.tensor_class is None else tensor.tensor_class.value
         nbytes = tensor_nbytes(policy, tensor)
         if tensor.tensor_class is TensorClass.PLE_TABLE:
             part, nbytes = "ple_rows", nbytes // tensor.shape[0] * policy.ple.resident_rows(tensor.shape[0])
         parts[part] = parts.get(part, 0) + nbytes
-    return parts | {"kv_cache": policy.kv.nbytes(config, context)}
+    return parts | {KV_CACHE: kv_nbytes(policy, config, context)}
 
 
-def as_published(policy: Policy, config: TextConfig) -> dict[str, int]:
+def kv_nbytes(policy: PolicySpec, config: TextConfig, context: int) -> int:
+    """Bytes of K and V at `context` tokens: the KV source layers', each as the policy stores it."""
+    return sum(
+        kv.layer_nbytes(policy.kv_of(layer.index), layer, context) for layer in config.layers if layer.is_kv_source
+    )
+
+
+def as_published(policy: PolicySpec, config: TextConfig) -> dict[str, int]:
     """The parts that the original's table counts, bytes by part.
 
     It counts the unused K and V projections and the rows of the PLE cache, and leaves out the embedding, the PLE model
@@ -72,7 +55,7 @@ def as_published(policy: Policy, config: TextConfig) -> dict[str, int]:
             part = PUBLISHED_PARTS[tensor.tensor_class]
             parts[part] = parts.get(part, 0) + tensor_nbytes(policy, tensor)
     rows = policy.ple.resident_rows(config.ple_vocab_size)
-    hot = rows * row_nbytes(policy.specs[TensorClass.PLE_TABLE], config.num_layers * config.ple_dim)
+    hot = rows * row_nbytes(policy.class_spec(TensorClass.PLE_TABLE), config.num_layers * config.ple_dim)
     return parts | {"ple_hot": round(hot)}
 
 
@@ -85,5 +68,5 @@ def unused_nbytes(config: TextConfig) -> int:
     )
 
 
-def _live(tensors: Iterable[TextTensor]) -> Iterable[TextTensor]:
+def _used(tensors: Iterable[TextTensor]) -> Iterable[TextTensor]:
     return (tensor for tensor in tensors if not tensor.unused)

@@ -45,11 +45,6 @@ def decibels(ratio: float) -> float:
     return 20.0 * math.log10(ratio) if ratio > 0.0 else -math.inf
 
 
-def snr_db(actual: Tensor, expected: Tensor) -> float:
-    """Signal to noise ratio, the `relative_l2` in dB with the sign turned; infinity for an exact copy."""
-    return -decibels(relative_l2(actual, expected))
-
-
 def kl_divergence(reference_logits: Tensor, logits: Tensor) -> Tensor:
     """KL(reference ‖ other) in nats of the softmax over the last dim: [..., vocab] twice gives [...], fp64."""
     reference = torch.log_softmax(reference_logits.double(), dim=-1)

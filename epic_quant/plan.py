@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -16,11 +16,13 @@ from epic_quant.gemma4.config import TextConfig
 from epic_quant.gemma4.kv_store import ForwardKV
 from epic_quant.gemma4.model import attention_masks, rope_tables
 from epic_quant.gemma4.tensors import TextTensor, expected_tensors
-from epic_quant.policy import UNQUANTIZED, Policy
+from epic_quant.policy import spec_of
+from epic_quant.prices import needed_nbytes
 from epic_quant.quality import Variant
 from epic_quant.quality.passes import Memory, layer_numel, passes, quantized_numel, work
 from epic_quant.quality.variants import with_reference
-from epic_quant.quant import quantizer
+from epic_quant.quant import quantize
+from epic_quant.spec import BF16, PolicySpec, WeightSpec
 
 _PROBE_WEIGHTS = 2**20
 _PROBE_TOKENS = 512
@@ -32,13 +34,16 @@ def sampled_shape(tensor: TextTensor, sampled_rows: int | None) -> tuple[int, in
     return (rows if sampled_rows is None else min(rows, sampled_rows)), cols
 
 
-def plan(checkpoint: Checkpoint, config: TextConfig, policies: Iterable[Policy], sampled_rows: int | None) -> list[str]:
+def plan(
+    checkpoint: Checkpoint, config: TextConfig, policies: Iterable[PolicySpec], sampled_rows: int | None
+) -> list[str]:
     """Lines for people: weights to quantize for each scheme and how long that takes, RAM, disk."""
     matrices = [tensor for tensor in expected_tensors(config) if tensor.tensor_class is not None and not tensor.unused]
-    quantized = {(policy.spec_of(tensor), tensor) for policy in policies for tensor in matrices}
-    pairs = {(spec, tensor.tensor_class) for spec, tensor in quantized if spec != UNQUANTIZED}
+    stored = {(spec_of(policy, tensor), tensor) for policy in policies for tensor in matrices}
+    quantized = {(spec, tensor) for spec, tensor in stored if spec is not None and spec != BF16}
+    pairs = {(spec, tensor.tensor_class) for spec, tensor in quantized}
     lines, total_s = [], 0.0
-    for spec in sorted({spec for spec, _ in pairs}):
+    for spec in sorted({spec for spec, _ in pairs}, key=str):
         sampled = [math.prod(sampled_shape(tensor, sampled_rows)) for said, tensor in quantized if said == spec]
         seconds = sum(sampled) * _seconds_a_weight(spec)
         total_s += seconds
@@ -58,7 +63,7 @@ def plan(checkpoint: Checkpoint, config: TextConfig, policies: Iterable[Policy],
 def plan_quality(
     what: str,
     config: TextConfig,
-    policies: Mapping[str, Policy | Variant],
+    policies: Mapping[str, PolicySpec | Variant],
     num_windows: int,
     window_tokens: int,
     memory_nbytes: int,
@@ -75,7 +80,7 @@ def plan_quality(
     together = [[variants[name] for name in batch] for batch in batches]
     multiplications = sum(sum(work(batch, config, num_windows, window_tokens)) for batch in together)
     layers_s = multiplications * _seconds_a_multiplication(config, window_tokens)
-    quantized: dict[str, int] = {}
+    quantized: dict[WeightSpec, int] = {}
     for batch in together:
         for spec, numel in quantized_numel(batch, config).items():
             quantized[spec] = quantized.get(spec, 0) + numel
@@ -94,6 +99,27 @@ def plan_quality(
     ]
 
 
+def plan_prices(
+    config: TextConfig, specs: Collection[WeightSpec], num_windows: int, window_tokens: int, reduced_precision: bool
+) -> list[str]:
+    """Lines for people: the time and RAM of pricing these specs on so many windows.
+
+    Counted are the forward, each layer again with its backward pass, the summed gradient, a product for every spec, and
+    quantizing; error compensation takes longer than what is probed of it.
+    """
+    tokens = num_windows * window_tokens
+    numel = sum(layer_numel(config)) + config.vocab_size * config.hidden_size
+    passes_s = tokens * numel * (4 + len(specs)) * _seconds_a_multiplication(config, window_tokens)
+    quantizing_s = sum(numel * _seconds_a_weight(spec) for spec in specs)
+    needed, borders = needed_nbytes(config, tokens, len(specs), reduced_precision)
+    return [
+        f"prices, {len(specs)} specs on {num_windows} windows of {window_tokens} tokens: one forward and one backward "
+        f"pass over the file, about {passes_s + quantizing_s:,.0f} s, {quantizing_s:,.0f} s of it quantizing",
+        f"  RAM beyond the mapped file: at most {needed / 1e9:,.2f} GB, {borders / 1e9:,.2f} GB of it hidden states, "
+        "which --resume keeps in a file",
+    ]
+
+
 def _seconds_a_multiplication(config: TextConfig, window_tokens: int) -> float:
     """A multiplication in a layer, what is no matrix product included: the first layer's shapes on random numbers."""
     tokens = min(window_tokens, _PROBE_TOKENS)
@@ -106,23 +132,22 @@ def _seconds_a_multiplication(config: TextConfig, window_tokens: int) -> float:
     }
     hidden = torch.randn(windows, tokens, config.hidden_size, generator=rng)
     rope = rope_tables(config, torch.arange(tokens), hidden.dtype)[spec.layer_type]
-    blocked = attention_masks(config, tokens)[spec.layer_type]
+    mask = attention_masks(config, tokens)[spec.layer_type]
     ple = torch.randn(windows, tokens, config.ple_dim, generator=rng) if config.ple_dim else None
 
     def run() -> None:
         kv = ForwardKV(config)
-        decoder_block(hidden, weights, spec, config=config, ple=ple, rope=rope, blocked=blocked, kv=kv)
+        decoder_block(hidden, weights, spec, config=config, ple=ple, rope=rope, mask=mask, kv=kv)
 
     attention = 2 * num_scores(spec.attention.sliding_window, tokens)
     attention *= spec.attention.num_heads * spec.attention.head_dim
     return _seconds(run) / (windows * (tokens * layer_numel(config)[spec.index] + attention))
 
 
-def _seconds_a_weight(spec: str) -> float:
+def _seconds_a_weight(spec: WeightSpec) -> float:
     """Quantizing and decoding, a weight, on Gaussian noise."""
     weight = torch.randn(_PROBE_WEIGHTS // 1024, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
-    probe = quantizer(spec.removesuffix("+gptq"))
-    return _seconds(lambda: probe.quantize(weight).dequantize()) / _PROBE_WEIGHTS
+    return _seconds(lambda: quantize(weight, spec.without_gptq).dequantize()) / _PROBE_WEIGHTS
 
 
 def _seconds(run: Callable[[], object]) -> float:

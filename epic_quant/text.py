@@ -33,11 +33,20 @@ def open_tokenizer(checkpoint: Checkpoint, config: TextConfig) -> Tokenizer:
     return tokenizer
 
 
-def token_windows(checkpoint: Checkpoint, path: Path, num_windows: int, window_tokens: int) -> Tensor:
-    """The first windows of a text: int64 [num_windows, window_tokens], each BOS and `window_tokens` - 1 of its tokens.
+def token_windows(
+    checkpoint: Checkpoint,
+    path: Path,
+    num_windows: int,
+    window_tokens: int,
+    *,
+    skip: int = 0,
+    least: int | None = None,
+) -> Tensor:
+    """Windows of a text: int64 [num_windows, window_tokens], each BOS and `window_tokens` - 1 of its tokens.
 
-    Gemma's perplexity means nothing without BOS, so it is put there, whatever the tokenizer's post-processor does.
-    Raises TokenError where the text cannot be read or is too short for all windows.
+    They begin after `skip` tokens. With `least`, a shorter text gives fewer windows, but so many at least. Gemma's
+    perplexity means nothing without BOS, so it is put there, whatever the tokenizer's post-processor does.
+    Raises TokenError where the text cannot be read or is too short.
     """
     config = TextConfig.read(checkpoint)
     tokenizer = open_tokenizer(checkpoint, config)
@@ -46,11 +55,15 @@ def token_windows(checkpoint: Checkpoint, path: Path, num_windows: int, window_t
     except (OSError, UnicodeDecodeError) as error:
         raise TokenError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     ids = tokenizer.encode(text, add_special_tokens=False).ids
-    needed = num_windows * (window_tokens - 1)
+    own = window_tokens - 1
+    if least is not None:
+        num_windows = min(num_windows, max(least, (len(ids) - skip) // own))
+    needed = skip + num_windows * own
     if len(ids) < needed:
+        after = f" after {skip} others" if skip else ""
         raise TokenError(
-            f"{path}: {len(ids)} tokens, but {num_windows} windows of {window_tokens} need {needed}; "
+            f"{path}: {len(ids)} tokens, but {num_windows} windows of {window_tokens}{after} need {needed}; "
             "take a longer text or fewer, shorter windows"
         )
-    windows = torch.tensor(ids[:needed]).view(num_windows, window_tokens - 1)
+    windows = torch.tensor(ids[skip:needed]).view(num_windows, own)
     return torch.nn.functional.pad(windows, (1, 0), value=config.bos_token_id)

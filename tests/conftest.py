@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from epic_quant.checkpoint import Checkpoint
+from epic_quant.gemma4.config import TextConfig
 
 _FACTS = Path(__file__).parents[1] / "benchmarks" / "facts"
 
@@ -53,6 +54,12 @@ TOYS: dict[str, dict[str, Any]] = {
     "no_sharing": _E4B | {"num_hidden_layers": 6, "layer_types": None, "num_kv_shared_layers": 0},
     "other_rope": _E4B | {"global_head_dim": 16, "rope_parameters": _ROPE, "final_logit_softcapping": None},
 }
+
+
+@pytest.fixture(scope="session")
+def e4b() -> TextConfig:
+    """E4B's own config."""
+    return TextConfig.from_json(json.loads((_FACTS / "gemma-4-E4B.config.json").read_text(encoding="utf-8")))
 
 
 @pytest.fixture(autouse=True, scope="session")

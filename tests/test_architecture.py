@@ -1,4 +1,4 @@
-"""The floors of the house: a module imports only from lower ones."""
+"""The package's layers: a module imports only from lower ones."""
 
 import ast
 from pathlib import Path
@@ -7,17 +7,18 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "epic_quant"
 
-# A room and its floor; a folder is one room, inside which modules may import each other without a circle.
-FLOORS = {
+# A module or folder and its layer; inside a folder modules may import each other without a circle.
+LAYERS = {
     "errors": 0,
-    "records": 0,
+    "files": 0,
     "units": 0,
-    "command_line": 1,
     "metrics": 1,
     "kernels": 1,
     "spec": 1,
+    "records": 2,
+    "command_line": 2,
     "machine": 2,
-    "results": 2,
+    "results": 3,
     "quant": 2,
     "checkpoint": 2,
     "gemma4": 3,
@@ -28,10 +29,12 @@ FLOORS = {
     "calibration": 6,
     "footprint": 6,
     "quality": 6,
+    "prices": 6,
     "recipe": 6,
+    "predict": 6,
     "plan": 7,
     "report": 7,
-    "inspect": 7,
+    "inspection": 7,
     "plugin": 8,
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
@@ -54,15 +57,15 @@ def imported(path):
             yield from (name if name in known else node.module for name in submodules)
 
 
-def room(name):
+def package_of(name):
     return name.split(".")[1] if name.startswith("epic_quant.") else None
 
 
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
-def test_a_module_imports_only_from_lower_floors(path):
-    own = room(dotted(path))
-    others = {room(name) for name in imported(path)} - {None, own}
-    assert {name for name in others if FLOORS[name] >= FLOORS[own]} == set()
+def test_a_module_imports_only_from_lower_layers(path):
+    own = package_of(dotted(path))
+    others = {package_of(name) for name in imported(path)} - {None, own}
+    assert {name for name in others if LAYERS[name] >= LAYERS[own]} == set()
 
 
 def test_no_modules_import_each_other_in_a_circle():
@@ -82,20 +85,56 @@ def test_no_modules_import_each_other_in_a_circle():
 
 
 def test_only_the_plugin_imports_pytest():
-    users = {room(dotted(path)) for path in MODULES if any(name.split(".")[0] == "pytest" for name in imported(path))}
+    users = {
+        package_of(dotted(path)) for path in MODULES if any(name.split(".")[0] == "pytest" for name in imported(path))
+    }
     assert users == {"plugin"}
 
 
-def test_the_report_and_the_recipe_stand_on_the_lowest_rooms_alone():
+def test_the_report_and_the_recipe_stand_on_the_lowest_packages_alone():
     inside = {
-        room(name)
+        package_of(name)
         for path in MODULES
-        if room(dotted(path)) in ("report", "recipe", "results")
+        if package_of(dotted(path)) in ("report", "recipe", "predict", "results")
         for name in imported(path)
-        if name.startswith("epic_quant.") and room(name) != room(dotted(path))
+        if name.startswith("epic_quant.") and package_of(name) != package_of(dotted(path))
     }
-    assert inside == {"command_line", "errors", "records", "results", "spec", "units"}
+    assert inside == {"command_line", "errors", "files", "records", "results", "spec", "units"}
 
 
-def test_every_room_has_a_floor():
-    assert {room(dotted(path)) for path in MODULES} <= set(FLOORS)
+def test_every_package_has_a_layer():
+    assert {package_of(dotted(path)) for path in MODULES} <= set(LAYERS)
+
+
+SPLITTING = {"split", "rsplit", "partition", "rpartition", "removesuffix", "removeprefix", "startswith", "endswith"}
+SPEC_WORDS = {"policy", "spec", "specs", "kv_policy", "scheme"}
+
+
+def texts_taken_apart(tree):
+    """Calls such as `spec.partition("=")`, `re.match(pattern, policy)` and tests such as `"=" in policy`."""
+
+    def names_a_spec(node):
+        word = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else None
+        return word in SPEC_WORDS
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            on_text = node.func.attr in SPLITTING and names_a_spec(node.func.value)
+            by_pattern = isinstance(node.func.value, ast.Name) and node.func.value.id == "re"
+            if on_text or (by_pattern and any(map(names_a_spec, node.args))):
+                yield node.lineno
+        elif isinstance(node, ast.Compare) and isinstance(node.left, ast.Constant):
+            is_search = isinstance(node.ops[0], ast.In | ast.NotIn) and names_a_spec(node.comparators[0])
+            yield from [node.lineno] * is_search
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if "spec" not in path.parts], ids=dotted)
+def test_no_module_but_those_of_spec_takes_a_spec_text_apart(path):
+    assert list(texts_taken_apart(ast.parse(path.read_text(encoding="utf-8")))) == []
+
+
+@pytest.mark.parametrize(
+    "source", ["spec.partition('=')", "re.sub('-g', '', spec)", "'ternary' in spec", "run.policy.split(',')"]
+)
+def test_taking_a_text_apart_is_noticed(source):
+    assert list(texts_taken_apart(ast.parse(source))) == [1]

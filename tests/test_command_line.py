@@ -53,7 +53,7 @@ def test_a_reader_that_stops_early_gets_no_traceback(lines):
 
 
 def test_inspecting_is_not_disturbed_by_it_either():
-    command = [sys.executable, "-m", "epic_quant.inspect", str(CHECKPOINT)]
+    command = [sys.executable, "-m", "epic_quant.inspection", str(CHECKPOINT)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     error = process.stderr.read()

@@ -8,19 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epic_quant import footprint, quantizer
+from epic_quant import footprint, kv, quantize
 from epic_quant.gemma4.config import TextConfig
 from epic_quant.gemma4.weights import CheckpointWeights
-from epic_quant.kv import KVPolicy
-from epic_quant.policy import NAMED, Policy
-from epic_quant.quant import QuantizedTensor
+from epic_quant.policy import PolicyWeights
+from epic_quant.spec import NAMED, NAMED_KV, PolicySpec, WeightSpec
 
 FACTS = Path(__file__).resolve().parent.parent / "benchmarks" / "facts"
-
-
-@pytest.fixture(scope="module")
-def e4b():
-    return TextConfig.from_json(json.loads((FACTS / "gemma-4-E4B.config.json").read_text(encoding="utf-8")))
 
 
 # Attention, MLP, PLE projections, hot PLE rows, total: MB, as the original published them.
@@ -54,38 +48,40 @@ def test_resident_bytes_of_bf16_are_the_files_own(e4b):
         for size in shape:
             count *= size
         elements += count
-    parts = footprint.resident(Policy.parse("ple=all"), e4b, 1)
+    parts = footprint.resident(PolicySpec.parse("ple=all"), e4b, 1)
     weights = sum(nbytes for part, nbytes in parts.items() if part != "kv_cache")
     assert weights + footprint.unused_nbytes(e4b) == 2 * elements
     assert footprint.unused_nbytes(e4b) == 110_111_232
 
 
 @given(tokens=st.integers(1, 200_000))
-def test_kv_bytes_are_those_of_the_owners_up_to_their_window(tokens):
+def test_kv_bytes_are_those_of_the_kv_sources_up_to_their_window(tokens):
     config = TextConfig.from_json(json.loads((FACTS / "gemma-4-E4B.config.json").read_text(encoding="utf-8")))
     expected = 16_384 * tokens + 40_960 * min(tokens, 512)
-    assert KVPolicy.parse("bf16").nbytes(config, tokens) == expected
-    assert KVPolicy.parse("fp32").nbytes(config, tokens) == 2 * expected
+    assert kv.nbytes(NAMED_KV["bf16"], config, tokens) == expected
+    assert kv.nbytes(NAMED_KV["fp32"], config, tokens) == 2 * expected
+    assert footprint.kv_nbytes(PolicySpec.parse("kv=fp32"), config, tokens) == 2 * expected
+    assert footprint.kv_nbytes(PolicySpec.parse("kv@0-41=fp32"), config, tokens) == 2 * expected
 
 
 @pytest.mark.parametrize("name", ["original-1.58", "original-3-packed", "int3-g128"])
 def test_footprint_is_what_quantizing_the_whole_checkpoint_stores(name, toy_checkpoint):
     policy = NAMED[name]
-    weights = policy.weights(toy_checkpoint)
+    weights = PolicyWeights(toy_checkpoint, policy)
     layers = [weight for layer in weights.config.layers for weight in weights.layer(layer.index).values()]
     stored = sum(weight.nbytes for weight in layers)
     parts = footprint.resident(policy, weights.config, 1)
     assert stored == sum(
         parts[part] for part in ("sliding_attention", "full_attention", "mlp", "ple_projections")
-    ) + sum(weight.nbytes for weight in layers if not isinstance(weight, QuantizedTensor))
+    ) + sum(weight.nbytes for weight in layers if isinstance(weight, torch.Tensor))
 
 
 def test_ple_rows_are_bounded_by_the_table(toy_checkpoint):
     config = CheckpointWeights(toy_checkpoint).config
     whole = config.ple_vocab_size * config.num_layers * config.ple_dim * 2
-    assert footprint.resident(Policy.parse("ple=lru:1000000"), config, 1)["ple_rows"] == whole
+    assert footprint.resident(PolicySpec.parse("ple=lru:1000000"), config, 1)["ple_rows"] == whole
     row = config.num_layers * config.ple_dim
-    some = footprint.resident(Policy.parse("ple_table=int4,ple=lru:3"), config, 1)["ple_rows"]
+    some = footprint.resident(PolicySpec.parse("ple_table=int4,ple=lru:3"), config, 1)["ple_rows"]
     assert some == 3 * (row // 2 + 2)
     rows = CheckpointWeights(toy_checkpoint).rows("embed_tokens_per_layer.weight", torch.arange(3))
-    assert quantizer("int4").quantize(rows).nbytes == some
+    assert quantize(rows, WeightSpec("int4")).nbytes == some

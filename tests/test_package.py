@@ -19,14 +19,14 @@ def test_a_name_that_is_not_public_is_an_attribute_error():
         _ = epic_quant.nothing
 
 
-@pytest.mark.parametrize("module", ["", ".inspect", ".recipe.__main__", ".report.__main__"])
+@pytest.mark.parametrize("module", ["", ".inspection", ".predict", ".recipe.__main__", ".report.__main__"])
 def test_torch_is_not_imported_before_it_is_needed(module):
     code = f"import epic_quant{module}; import sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("module", ["calibration", "inspect", "recipe", "report"])
+@pytest.mark.parametrize("module", ["calibration", "inspection", "predict", "recipe", "report"])
 def test_command_lines_print_help_and_version(module):
     for option, expected in (("--help", "exit status: 0; "), ("--version", epic_quant.__version__)):
         command = [sys.executable, "-m", f"epic_quant.{module}", option]

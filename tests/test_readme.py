@@ -22,3 +22,26 @@ def test_every_limit_that_the_readme_explains_is_one():
     assert len(explained) == 3
     for one in explained:
         Condition.parse(one)
+
+
+def test_the_python_example_in_the_readme_runs(monkeypatch, capsys):
+    """As a user would paste it, from the repository's folder; it prints what its comments say."""
+    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    monkeypatch.chdir(Path(__file__).resolve().parent.parent)
+    exec(compile(example, "README.md", "exec"), {})
+    bits_and_error, logits, rows = capsys.readouterr().out.splitlines()
+    bits, error = map(float, bits_and_error.split())
+    assert bits == 4.125
+    assert 0.05 < error < 0.2
+    assert logits == "torch.Size([1, 3, 2048])"
+    assert rows.startswith("torch.Size([3, 18, 32])")
+
+
+def test_every_policy_in_the_readme_is_one():
+    from epic_quant.spec import PolicySpec
+
+    texts = re.findall(r"--policy '?([a-z0-9_=@.,:+-]+)'?", README)
+    assert len(texts) >= 8
+    for text in texts:
+        if not text.startswith("@"):
+            PolicySpec.parse(text)

@@ -17,7 +17,7 @@ from epic_quant.gemma4.kv_store import ForwardKV
 from epic_quant.gemma4.rope import RopeTable, rotate
 from epic_quant.quant import Weight, linear
 
-# Queries that attend together at most; fewer where the window is shorter. More would compute more blocked scores, fewer
+# Queries that attend together at most; fewer where the window is shorter. More would compute more masked scores, fewer
 # make products too small to be fast.
 _BLOCK_QUERIES = 128
 _KEYS = 64
@@ -39,14 +39,14 @@ def decoder_block(
     config: TextConfig,
     ple: Tensor | None,
     rope: RopeTable,
-    blocked: Tensor,
+    mask: Tensor,
     kv: ForwardKV,
     apply: Linear = plain_linear,
 ) -> Tensor:
     """One layer: hidden [B, S, H] -> [B, S, H], in the dtype of `hidden`; plain weights are cast to it.
 
     `weights` are keyed by their name inside the layer; `ple` [B, S, ple_dim] is this layer's slice of the per-layer
-    inputs (None where the model has none); `rope` is the table of the S tokens for this layer's type; `blocked` is
+    inputs (None where the model has none); `rope` is the table of the S tokens for this layer's type; `mask` is
     `model.attention_masks`' bool [S, all tokens so far] for it. A KV source layer's K and V go through `kv`, a sharing
     layer takes its source's from there, so that layer must have run before. `apply` is called for every matrix; give
     another one to see its inputs.
@@ -55,7 +55,7 @@ def decoder_block(
     """
     layer = _Layer(weights, config.rms_norm_eps, apply)
     x = layer.norm(hidden, "input_layernorm")
-    x = _attention(x, layer, spec, rope, blocked, kv)
+    x = _attention(x, layer, spec, rope, mask, kv)
     hidden = hidden + layer.norm(x, "post_attention_layernorm")
 
     x = layer.norm(hidden, "pre_feedforward_layernorm")
@@ -96,7 +96,7 @@ class _Layer:
         return rms_norm(x, self.weights[f"{name}.weight"], self.eps)
 
 
-def _attention(x: Tensor, layer: _Layer, spec: LayerSpec, rope: RopeTable, blocked: Tensor, kv: ForwardKV) -> Tensor:
+def _attention(x: Tensor, layer: _Layer, spec: LayerSpec, rope: RopeTable, mask: Tensor, kv: ForwardKV) -> Tensor:
     batch, tokens, _ = x.shape
 
     def heads(name: str, count: int) -> Tensor:  # [B, count, S, D]
@@ -110,21 +110,21 @@ def _attention(x: Tensor, layer: _Layer, spec: LayerSpec, rope: RopeTable, block
     else:
         k, v = kv.read(spec)
 
-    blocked = blocked[:, -k.shape[-2] :]  # the K newest
+    mask = mask[:, -k.shape[-2] :]  # the K newest
     mixed = [
-        _attention_output(q[:, :, queries], k[:, :, keys], v[:, :, keys], blocked[queries, keys])
+        _attention_output(q[:, :, queries], k[:, :, keys], v[:, :, keys], mask[queries, keys])
         for queries, keys in query_blocks(spec.attention.sliding_window, tokens, k.shape[-2])
     ]
     return layer.linear(torch.cat(mixed, dim=1), "self_attn.o_proj")
 
 
-def _attention_output(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+def _attention_output(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """softmax(q Kᵀ) V: q [B, num_heads, S, D], k and v [B, num_kv_heads, K, D] -> [B, S, num_heads * D]."""
     batch, num_heads, tokens, head_dim = q.shape
     # Query heads that read one KV head stand together, so a group is one longer matrix and K need not be repeated.
     q = q.reshape(batch, k.shape[1], -1, head_dim)  # [B, num_kv_heads, group * S, D]
     scores = (q @ k.mT).view(batch, num_heads, tokens, -1)  # [B, num_heads, S, K]; the scale is 1
-    scores = scores.masked_fill_(blocked, -torch.inf)
+    scores = scores.masked_fill_(mask, -torch.inf)
     shares = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
     mixed = shares.view(batch, k.shape[1], -1, k.shape[-2]) @ v  # [B, num_kv_heads, group * S, D]
     return mixed.view(batch, num_heads, tokens, head_dim).transpose(1, 2).flatten(2)
@@ -134,8 +134,8 @@ def query_blocks(sliding_window: int | None, tokens: int, keys: int) -> Iterator
     """Which of `tokens` queries attend together, and of `keys` keys those that any of them sees.
 
     The last key is the last query's own; there are at least as many keys as queries. Causality and the window leave
-    most of a long text's scores blocked, and these blocks are what is computed of them. Keys go in whole lots of
-    `_KEYS`, so that a softmax adds a row up in the order in which it would add up the whole one: blocked keys are 0 in
+    most of a long text's scores mask, and these blocks are what is computed of them. Keys go in whole multiples of
+    `_KEYS`, so that a softmax adds a row up in the order in which it would add up the whole one: masked keys are 0 in
     it, and what remains stays in its lanes.
     """
     window = keys if sliding_window is None else sliding_window
@@ -148,7 +148,7 @@ def query_blocks(sliding_window: int | None, tokens: int, keys: int) -> Iterator
 
 
 def num_scores(sliding_window: int | None, tokens: int) -> int:
-    """Scores that a head computes for a text of `tokens` from its start, blocked ones among them."""
+    """Scores that a head computes for a text of `tokens` from its start, masked ones among them."""
     return sum(
         (queries.stop - queries.start) * (keys.stop - keys.start)
         for queries, keys in query_blocks(sliding_window, tokens, tokens)

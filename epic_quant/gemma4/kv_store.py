@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from epic_quant.errors import TokenError
@@ -12,27 +11,20 @@ from epic_quant.gemma4.config import LayerSpec, TextConfig
 
 
 class KVStore(Protocol):
-    """A cache of the K and V of one sequence. Only layers that own K and V are ever asked for.
+    """A cache of the K and V of a batch of sequences. Only KV source layers are ever asked for."""
 
-    A full layer's store keeps every token; a sliding layer's may keep only the newest `sliding_window`. What `keys`
-    and `values` return may be overwritten by a later `append`.
-    """
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in k and v [batch, num_kv_heads, tokens, head_dim], after norm and RoPE; give back what they attend to.
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Add k and v of [num_kv_heads, tokens, head_dim], after norm and RoPE."""
-        ...
-
-    def keys(self, layer: int) -> Tensor:
-        """The newest keys, oldest first: [num_kv_heads, kept, head_dim]."""
-        ...
-
-    def values(self, layer: int) -> Tensor:
-        """The values of the same tokens: [num_kv_heads, kept, head_dim]."""
+        That is [batch, num_kv_heads, keys, head_dim] twice, oldest first, the last key being the newest token's: on
+        full layers every token so far, on sliding ones at least all that any of these tokens sees. A later call may
+        overwrite it.
+        """
         ...
 
 
 class ForwardKV:
-    """The K and V of one forward: tokens `start` to `start + tokens - 1`, after those that the cache has.
+    """The K and V of one forward: tokens `start` on, after those that the cache has.
 
     What a layer attends to comes back from the cache, so a lossy cache shows in the result; without one it is the K
     and V of this forward alone. Sharing layers read what their source attended to: a cache may by then have dropped
@@ -51,8 +43,15 @@ class ForwardKV:
         the cache holds another number of tokens than `start` says.
         """
         if self._cache is not None:
-            keys, values = self._through(self._cache, spec, k[0], v[0])
-            k, v = keys[None].to(k.dtype), values[None].to(v.dtype)
+            total = self._start + k.shape[-2]
+            least = min(total, spec.attention.sliding_window or total)
+            keys, values = self._cache.update(spec.index, k, v)
+            if not least <= keys.shape[-2] <= total:
+                raise TokenError(
+                    f"the cache returned {keys.shape[-2]} keys of layer {spec.index} for {total} tokens, "
+                    f"{self._start} of them before this forward: is `start` the number of tokens it has?"
+                )
+            k, v = keys.to(k.dtype), values.to(v.dtype)
         if spec.index in self._sources:
             self._shared[spec.index] = k, v
         return k, v
@@ -60,25 +59,3 @@ class ForwardKV:
     def read(self, spec: LayerSpec) -> tuple[Tensor, Tensor]:
         """The K and V that a sharing layer attends to: its source's, of this forward."""
         return self._shared[spec.kv_source]
-
-    def _through(self, cache: KVStore, spec: LayerSpec, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        layer, window, tokens = spec.index, spec.attention.sliding_window, k.shape[-2]
-        total = self._start + tokens
-        if window is None or tokens == 1 or total <= window:
-            cache.append(layer, k, v)
-            keys, values = cache.keys(layer), cache.values(layer)
-            if keys.shape[-2] > total or keys.shape[-2] < min(total, window or total):
-                raise TokenError(
-                    f"the cache returned {keys.shape[-2]} keys of layer {layer} for {total} tokens, "
-                    f"{self._start} of them before this forward: is `start` the number of tokens it has?"
-                )
-            return keys, values
-        # The first of several tokens still sees keys that the cache drops when it takes the last one. So they go in by
-        # at most a window at a time, and each lot is read back, after the keys that were there before.
-        lots = [(cache.keys(layer).clone(), cache.values(layer).clone())] if self._start else []
-        for first in range(0, tokens, window):
-            lot = k[:, first : first + window]
-            cache.append(layer, lot, v[:, first : first + window])
-            newest = slice(-lot.shape[-2], None)
-            lots.append((cache.keys(layer)[:, newest].clone(), cache.values(layer)[:, newest].clone()))
-        return torch.cat([keys for keys, _ in lots], dim=-2), torch.cat([values for _, values in lots], dim=-2)

@@ -44,7 +44,7 @@ class TextModel:
     def logits(self, token_ids: Tensor, cache: KVStore | None = None, start: int = 0) -> Tensor:
         """Logits [B, S, vocab] of token ids [B, S] of any integer dtype.
 
-        With a cache, B is 1 and the tokens come after the `start` tokens that it already has; it takes theirs in.
+        With a cache, of B sequences, the tokens come after the `start` tokens that it already has; it takes them in.
         Raises TokenError on ids that the model has not, and where `start` is not what the cache has.
         """
         hidden, forward = begin(self.weights, token_ids, self.dtype, cache, start)
@@ -71,7 +71,7 @@ class Forward:
     config: TextConfig
     per_layer_inputs: Tensor | None  # [B, S, L, ple_dim]
     rope: Mapping[str, RopeTable]  # by layer type
-    blocked: Mapping[str, Tensor]  # by layer type
+    masks: Mapping[str, Tensor]  # by layer type, as `attention_masks` has them
     kv: ForwardKV
 
     def layer(
@@ -85,7 +85,7 @@ class Forward:
             config=self.config,
             ple=None if self.per_layer_inputs is None else self.per_layer_inputs[:, :, spec.index],
             rope=self.rope[spec.layer_type],
-            blocked=self.blocked[spec.layer_type],
+            mask=self.masks[spec.layer_type],
             kv=self.kv,
             apply=apply,
         )
@@ -101,15 +101,13 @@ def begin(
     """The hidden state [B, S, H] before the first layer, and what all layers need. Raises as `TextModel.logits`."""
     config = weights.config
     check_token_ids(token_ids, config)
-    batch, tokens = token_ids.shape
-    if cache is not None and batch != 1:
-        raise TokenError(f"a KV cache is of one sequence, but the batch has {batch}")
+    tokens = token_ids.shape[1]
     hidden = embed(weights, token_ids, dtype)
     return hidden, Forward(
         config=config,
         per_layer_inputs=per_layer_inputs(weights, token_ids, hidden),
         rope=rope_tables(config, torch.arange(start, start + tokens), dtype),
-        blocked=attention_masks(config, tokens, start),
+        masks=attention_masks(config, tokens, start),
         kv=ForwardKV(config, cache, start),
     )
 
@@ -132,11 +130,13 @@ def embed(weights: Weights, token_ids: Tensor, dtype: torch.dtype) -> Tensor:
     return _scaled_rows(weights, "embed_tokens.weight", token_ids, dtype, weights.config.hidden_size)
 
 
-def per_layer_inputs(weights: Weights, token_ids: Tensor, embedded: Tensor) -> Tensor | None:
+def per_layer_inputs(
+    weights: Weights, token_ids: Tensor, embedded: Tensor, apply: Linear = plain_linear
+) -> Tensor | None:
     """The PLE inputs of all layers, [B, S, L, ple_dim] in the dtype of `embedded`, which is `embed`'s [B, S, H].
 
     A token's own rows and a projection of its embedding, added; so they depend on the token id alone. None where the
-    model has no PLE.
+    model has no PLE. `apply` is called for the projection, as `decoder_block` calls it.
     """
     config = weights.config
     if not config.ple_dim:
@@ -145,7 +145,8 @@ def per_layer_inputs(weights: Weights, token_ids: Tensor, embedded: Tensor) -> T
     token = _scaled_rows(weights, "embed_tokens_per_layer.weight", token_ids, embedded.dtype, config.ple_dim)
     context_scale: float = config.hidden_size**-0.5
     sum_scale: float = 2**-0.5
-    context = linear(embedded, weights.get("per_layer_model_projection.weight")) * context_scale
+    projection = "per_layer_model_projection.weight"
+    context = apply(embedded, weights.get(projection), projection) * context_scale
     norm = weights.get("per_layer_projection_norm.weight")
     context = rms_norm(context.view(by_layer), norm, config.rms_norm_eps)
     return (context + token.view(by_layer)) * sum_scale
@@ -160,7 +161,7 @@ def rope_tables(config: TextConfig, positions: Tensor, dtype: torch.dtype) -> di
 
 
 def attention_masks(config: TextConfig, tokens: int, start: int = 0) -> dict[str, Tensor]:
-    """For each layer type what tokens `start` on may not see: bool [tokens, start + tokens], True where blocked.
+    """For each layer type what tokens `start` on may not see: bool [tokens, start + tokens], True where masked.
 
     A token sees itself and what is before it, on sliding layers `sliding_window` tokens in all.
     """
@@ -168,24 +169,27 @@ def attention_masks(config: TextConfig, tokens: int, start: int = 0) -> dict[str
     key = torch.arange(start + tokens)[None, :]
     masks = {}
     for layer_type, spec in _one_of_each_type(config).items():
-        blocked = key > query
+        masks[layer_type] = key > query
         if spec.attention.sliding_window is not None:
-            blocked = blocked | (query - key >= spec.attention.sliding_window)
-        masks[layer_type] = blocked
+            masks[layer_type] |= query - key >= spec.attention.sliding_window
     return masks
 
 
 def head(weights: Weights, hidden: Tensor) -> Tensor:
-    """Logits [..., vocab] of hidden states [..., H] after the last layer, soft-capped, in the dtype of `hidden`.
+    """Logits [..., vocab] of hidden states [..., H] after the last layer; see `head_logits`."""
+    return head_logits(weights.config, hidden, weights.get("norm.weight"), weights.get("embed_tokens.weight"))
+
+
+def head_logits(config: TextConfig, hidden: Tensor, norm: Weight, table: Weight) -> Tensor:
+    """Logits [..., ids], soft-capped, in the dtype of `hidden` [..., H]; `table` [ids, H] has the ids' embeddings.
 
     Every token's logits are its own, so a caller short of memory may give a few tokens at a time. A plain embedding is
-    cast to that dtype a slice of the vocabulary at a time, since the whole of a large one would not fit.
+    cast to that dtype some rows at a time, since the whole of a large one would not fit.
     """
-    config, table = weights.config, weights.get("embed_tokens.weight")
-    hidden = rms_norm(hidden, weights.get("norm.weight"), config.rms_norm_eps)
+    hidden = rms_norm(hidden, norm, config.rms_norm_eps)
     if isinstance(table, Tensor):
-        logits = hidden.new_empty(*hidden.shape[:-1], config.vocab_size)
-        for first in range(0, config.vocab_size, _HEAD_ROWS):
+        logits = hidden.new_empty(*hidden.shape[:-1], len(table))
+        for first in range(0, len(table), _HEAD_ROWS):
             rows = slice(first, first + _HEAD_ROWS)
             logits[..., rows] = linear(hidden, table[rows])
     else:

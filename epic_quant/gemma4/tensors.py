@@ -8,23 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import CheckpointError, ConfigError
 from epic_quant.gemma4.config import LayerSpec, TextConfig
-
-
-class TensorClass(StrEnum):
-    """What a policy gives one scheme to. Every text tensor of two dims is in exactly one class."""
-
-    SLIDING_ATTENTION = "sliding_attention"
-    FULL_ATTENTION = "full_attention"
-    MLP = "mlp"
-    PLE_PROJECTIONS = "ple_projections"
-    PLE_MODEL_PROJECTION = "ple_model_projection"
-    PLE_TABLE = "ple_table"
-    EMBEDDING = "embedding"
+from epic_quant.spec import KINDS, Target, TensorClass
 
 
 @dataclass(frozen=True)
@@ -41,6 +29,14 @@ class TextTensor:
     def local_name(self) -> str:
         """The name inside its layer (`self_attn.q_proj.weight`); a global's whole name."""
         return self.name if self.layer is None else self.name.removeprefix(f"layers.{self.layer}.")
+
+    @property
+    def target(self) -> Target | None:
+        """What a policy knows it by; None for norms and scalars."""
+        if self.tensor_class is None:
+            return None
+        kind = self.name.removesuffix(".weight").rpartition(".")[2] if KINDS[self.tensor_class] else None
+        return Target(self.tensor_class, kind, self.layer)
 
 
 def expected_tensors(config: TextConfig) -> tuple[TextTensor, ...]:

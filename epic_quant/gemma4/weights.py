@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Protocol
 
 from torch import Tensor
 
@@ -13,28 +13,37 @@ from epic_quant.gemma4.tensors import TextTensor, expected_tensors, text_tensors
 from epic_quant.quant import Weight
 
 
-class Weights(Protocol):
-    """The text model's weights, handed out as they are asked for."""
+class Weights(ABC):
+    """The text model's weights, handed out as they are asked for: the only way to them, however they are stored."""
 
     @property
+    @abstractmethod
     def config(self) -> TextConfig:
         """The config that they fit."""
-        ...
+
+    @property
+    @abstractmethod
+    def tensors(self) -> Mapping[str, TextTensor]:
+        """The text tensors that there are, by canonical name, unused ones included."""
+
+    @abstractmethod
+    def get(self, name: str) -> Weight:
+        """A tensor by its canonical name: `norm.weight`, `layers.0.mlp.up_proj.weight`."""
+
+    @abstractmethod
+    def rows(self, name: str, ids: Tensor) -> Tensor:
+        """Rows of a matrix, decoded: ids [n] of integers give [n, cols]. No other row is read."""
+
+    @abstractmethod
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor as stored."""
 
     def layer(self, index: int) -> Mapping[str, Weight]:
-        """A layer's live weights by their name inside it: `self_attn.q_proj.weight`, `layer_scalar`."""
-        ...
-
-    def get(self, name: str) -> Weight:
-        """A global weight by its canonical name: `norm.weight`, `embed_tokens.weight`."""
-        ...
-
-    def rows(self, name: str, ids: Tensor) -> Tensor:
-        """Rows of a table, decoded: ids [n] of integers give [n, cols]."""
-        ...
+        """The weights that a layer uses, by their name inside it: `self_attn.q_proj.weight`, `layer_scalar`."""
+        return {t.local_name: self.get(t.name) for t in self.tensors.values() if t.layer == index and not t.unused}
 
 
-class CheckpointWeights:
+class CheckpointWeights(Weights):
     """The weights as the checkpoint has them: views of its mapped file, so that nothing is held.
 
     Raises ConfigError and CheckpointError as `TextConfig.read` and `text_tensors` do.
@@ -56,14 +65,14 @@ class CheckpointWeights:
         """The text tensors that the file has, by canonical name, unused ones included."""
         return self._tensors
 
-    def layer(self, index: int) -> Mapping[str, Weight]:
-        """A layer's live weights by their name inside it."""
-        return {t.local_name: self.get(t.name) for t in self._tensors.values() if t.layer == index and not t.unused}
-
     def get(self, name: str) -> Tensor:
-        """A weight by its canonical name."""
+        """A tensor by its canonical name, in the file's dtype."""
         return self._checkpoint.tensor(self._file_names[name])
 
     def rows(self, name: str, ids: Tensor) -> Tensor:
-        """Rows [n, cols] of a table, in the file's dtype; no other row is read."""
+        """Rows [n, cols] of a matrix, in the file's dtype; no other row is read."""
         return self._checkpoint.rows(self._file_names[name], ids)
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor in the file."""
+        return self._checkpoint.nbytes(self._file_names[name])

@@ -1,7 +1,5 @@
-"""Keys and values in few bits: a `KVPolicy` says how, a `KVCache` holds those of one sequence."""
+"""Keys and values in few bits: a `KVSpec` says how, a `KVCache` holds them."""
 
-from epic_quant.kv.cache import KVCache
-from epic_quant.kv.policy import NAMED, KVPolicy
-from epic_quant.kv.storage import LayerPolicy, Storage
+from epic_quant.kv.cache import KVCache, layer_nbytes, nbytes
 
-__all__ = ["NAMED", "KVCache", "KVPolicy", "LayerPolicy", "Storage"]
+__all__ = ["KVCache", "layer_nbytes", "nbytes"]

@@ -1,6 +1,8 @@
-"""`KVCache`: the K and V of one sequence, stored as a policy says."""
+"""`KVCache`: the K and V of a batch of sequences, stored as a KV spec says; and the bytes that takes."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -8,42 +10,86 @@ from torch import Tensor
 from epic_quant.errors import CacheError
 from epic_quant.gemma4.config import LayerSpec, TextConfig
 from epic_quant.kv.layer import LayerStore
-from epic_quant.kv.policy import KVPolicy
+from epic_quant.spec import KVSpec
+
+
+def nbytes(spec: KVSpec, config: TextConfig, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Bytes that a `KVCache` stores of `tokens` tokens of one sequence: of KV source layers alone.
+
+    Counted are a token and a block that are really quantized, times how many of each the cache holds by then. What is
+    not quantized is held in `dtype`. Raises SpecError where the spec does not fit the heads.
+    """
+    return sum(layer_nbytes(spec, layer, tokens, dtype) for layer in config.layers if layer.is_kv_source)
+
+
+def layer_nbytes(spec: KVSpec, layer: LayerSpec, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
+    """The same of one layer, as if it had K and V of its own where it does not."""
+    return LayerStore(layer, spec.of(layer.layer_type), dtype).nbytes_after(tokens)
 
 
 class KVCache:
-    """A `gemma4.kv_store.KVStore` that holds packed codes, their scales, and what the policy leaves unquantized.
+    """A `gemma4.kv_store.KVStore` that holds packed codes, their scales, and what the spec leaves unquantized.
 
-    K and V come and go in `dtype`, in which unquantized tokens are held too. Only layers that own K and V store any; a
-    sharing layer's are its source's. Raises SpecError where the policy does not fit the heads.
+    K and V come and go in `dtype`, in which unquantized tokens are held too. Only KV source layers store any; a sharing
+    layer's are its source's. `layers` has the KV specs of layers that have one of their own. Raises SpecError where a
+    spec does not fit the heads.
     """
 
-    def __init__(self, config: TextConfig, policy: KVPolicy, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        config: TextConfig,
+        spec: KVSpec,
+        dtype: torch.dtype = torch.float32,
+        *,
+        batch_size: int = 1,
+        layers: Mapping[int, KVSpec] | None = None,
+    ) -> None:
         if not dtype.is_floating_point:
             raise CacheError(f"a KV cache computes in {dtype}; expected a float dtype")
-        self.policy, self.dtype = policy, dtype
-        self._specs = config.layers
+        self.dtype, self.batch_size = dtype, batch_size
+        self._layers = config.layers
+        own = layers or {}
         self._stores = {
-            spec.index: LayerStore(spec, policy.layer(spec), dtype) for spec in config.layers if spec.is_kv_source
+            layer.index: LayerStore(layer, own.get(layer.index, spec).of(layer.layer_type), dtype, batch_size)
+            for layer in config.layers
+            if layer.is_kv_source
         }
 
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Take tokens in, and give back all that they attend to: [batch, num_kv_heads, keys, head_dim], twice.
+
+        k and v are [batch, num_kv_heads, tokens, head_dim] in the cache's dtype, after norm and RoPE. The last key is
+        the newest token's; on sliding layers there are at least as many as any of these tokens sees. A later call may
+        overwrite the result. Raises CacheError, and stores nothing, as `append` does.
+        """
+        spec = self._layer(layer)
+        window, tokens = spec.attention.sliding_window, k.shape[-2]
+        before = self._stores[layer].tokens if spec.is_kv_source else 0
+        if window is None or tokens == 1 or before + tokens <= window:
+            self.append(layer, k, v)
+            return self.keys(layer), self.values(layer)
+        # The first of several tokens still sees keys that the cache drops when it takes the last one. So they go in by
+        # at most a window at a time, and each chunk is read back, after the keys that were there before.
+        self._check_pair(spec, k, v)
+        chunks = [(self.keys(layer).clone(), self.values(layer).clone())] if before else []
+        for first in range(0, tokens, window):
+            its_k, its_v = k[..., first : first + window, :], v[..., first : first + window, :]
+            self.append(layer, its_k, its_v)
+            newest = slice(-its_k.shape[-2], None)
+            chunks.append((self.keys(layer)[..., newest, :].clone(), self.values(layer)[..., newest, :].clone()))
+        return torch.cat([keys for keys, _ in chunks], dim=-2), torch.cat([values for _, values in chunks], dim=-2)
+
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Add k and v of [num_kv_heads, tokens, head_dim] in the cache's dtype, after norm and RoPE.
+        """Take tokens in; see `update`.
 
         Raises CacheError, and stores nothing, for another shape or dtype, for NaN or infinity, and for a layer that is
         not there or shares another's K and V.
         """
-        spec = self._spec(layer)
-        if not spec.is_kv_source:
-            raise CacheError(f"layer {layer} stores no K and V: it shares those of layer {spec.kv_source}")
-        self._check("K", k, spec)
-        self._check("V", v, spec)
-        if k.shape != v.shape:
-            raise CacheError(f"layer {layer} got K of {k.shape[1]} tokens and V of {v.shape[1]}")
+        self._check_pair(self._layer(layer), k, v)
         self._stores[layer].append(k, v)
 
     def keys(self, layer: int) -> Tensor:
-        """The newest keys, oldest first: [num_kv_heads, kept, head_dim]. A later `append` may overwrite them.
+        """The newest keys, oldest first: [batch, num_kv_heads, kept, head_dim]. A later `append` may overwrite them.
 
         On sliding layers these are the newest `sliding_window`. Raises CacheError where there are none yet.
         """
@@ -53,8 +99,12 @@ class KVCache:
         """The values of the same tokens."""
         return self._filled(layer).values()
 
+    def tokens(self, layer: int) -> int:
+        """Tokens of each sequence that the layer, or its source, has taken in."""
+        return self._stores[self._layer(layer).kv_source].tokens
+
     def reset(self) -> None:
-        """Forget the sequence. What is allocated stays, for the next one."""
+        """Forget the sequences. What is allocated stays, for the next ones."""
         for store in self._stores.values():
             store.reset()
 
@@ -70,39 +120,44 @@ class KVCache:
 
     def layer_nbytes(self, layer: int) -> int:
         """Bytes stored of one layer; 0 for a sharing one."""
-        spec = self._spec(layer)
-        return self._stores[layer].nbytes if spec.is_kv_source else 0
+        return self._stores[layer].nbytes if self._layer(layer).is_kv_source else 0
 
     @property
     def bits_per_value(self) -> float:
         """Bits stored for every number that `keys` and `values` give. Raises CacheError while it is empty."""
         values = sum(
-            2 * spec.attention.num_kv_heads * self._stores[spec.index].kept * spec.attention.head_dim
-            for spec in self._specs
-            if spec.is_kv_source
+            2 * layer.attention.num_kv_heads * self._stores[layer.index].kept * layer.attention.head_dim
+            for layer in self._layers
+            if layer.is_kv_source
         )
         if values == 0:
             raise CacheError("an empty KV cache has no bits per value")
-        return 8 * self.nbytes / values
+        return 8 * self.nbytes / (values * self.batch_size)
 
-    def _spec(self, layer: int) -> LayerSpec:
-        if not 0 <= layer < len(self._specs):
-            raise CacheError(f"there is no layer {layer}; expected 0 to {len(self._specs) - 1}")
-        return self._specs[layer]
+    def _layer(self, layer: int) -> LayerSpec:
+        if not 0 <= layer < len(self._layers):
+            raise CacheError(f"there is no layer {layer}; expected 0 to {len(self._layers) - 1}")
+        return self._layers[layer]
 
     def _filled(self, layer: int) -> LayerStore:
-        store = self._stores[self._spec(layer).kv_source]
+        store = self._stores[self._layer(layer).kv_source]
         if store.tokens == 0:
             raise CacheError(f"layer {layer} holds no K and V yet")
         return store
 
+    def _check_pair(self, spec: LayerSpec, k: Tensor, v: Tensor) -> None:
+        if not spec.is_kv_source:
+            raise CacheError(f"layer {spec.index} stores no K and V: it shares those of layer {spec.kv_source}")
+        self._check("K", k, spec)
+        self._check("V", v, spec)
+        if k.shape != v.shape:
+            raise CacheError(f"layer {spec.index} got K of {k.shape[2]} tokens and V of {v.shape[2]}")
+
     def _check(self, what: str, x: Tensor, spec: LayerSpec) -> None:
-        expected = f"[{spec.attention.num_kv_heads}, tokens, {spec.attention.head_dim}]"
-        if (
-            x.dim() != 3
-            or (x.shape[0], x.shape[2]) != (spec.attention.num_kv_heads, spec.attention.head_dim)
-            or x.shape[1] == 0
-        ):
+        heads, dims = spec.attention.num_kv_heads, spec.attention.head_dim
+        fits = x.dim() == 4 and (*x.shape[:2], x.shape[3]) == (self.batch_size, heads, dims) and x.shape[2] > 0
+        if not fits:
+            expected = f"[{self.batch_size}, {heads}, tokens, {dims}]"
             raise CacheError(f"{what} of layer {spec.index} is of shape {list(x.shape)}; expected {expected}")
         if x.dtype != self.dtype:
             raise CacheError(f"{what} of layer {spec.index} is {x.dtype}; this cache's dtype is {self.dtype}")

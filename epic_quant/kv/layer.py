@@ -1,4 +1,4 @@
-"""`LayerStore`: the K and V of one layer, each head whole or in two sets of dims."""
+"""`LayerStore`: the K and V of one layer, each head whole or split into two sets of dims."""
 
 from __future__ import annotations
 
@@ -11,41 +11,44 @@ from torch import Tensor
 from epic_quant.errors import QuantizationError, SpecError
 from epic_quant.gemma4.config import LayerSpec
 from epic_quant.gemma4.rope import rotated_dims
-from epic_quant.kv.part import Part
 from epic_quant.kv.rows import joined
-from epic_quant.kv.storage import Head, LayerPolicy
+from epic_quant.kv.segment import Segment
+from epic_quant.spec import LayerKVSpec
+from epic_quant.spec.kv import HeadSpec
 
-_LOT_TOKENS = 4096  # taken at a time, so that a long prompt's temporaries stay small
+_CHUNK_TOKENS = 4096  # taken at a time, so that a long prompt's temporaries stay small
 
 
 class LayerStore:
-    """Takes and gives [num_kv_heads, tokens, head_dim], in `dtype`; what is not quantized is held in it too.
+    """Takes and gives [batch, num_kv_heads, tokens, head_dim], in `dtype`; what is not quantized is held in it too.
 
-    Raises SpecError where the policy does not fit the head.
+    Every head is stored apart, so a batch of sequences of one length is nothing but more heads. Raises SpecError where
+    the spec does not fit the head.
     """
 
-    def __init__(self, spec: LayerSpec, policy: LayerPolicy, dtype: torch.dtype) -> None:
+    def __init__(self, layer: LayerSpec, spec: LayerKVSpec, dtype: torch.dtype, batch_size: int = 1) -> None:
         self.tokens = 0  # that have come, those that a ring has dropped included
-        self._spec, self._dtype = spec, dtype
-        self._k = _head(spec, policy, policy.k, dtype)
-        self._v = _head(spec, policy, policy.v, dtype)
+        self._attention, self._dtype, self._batch_size = layer.attention, dtype, batch_size
+        self._k = _split(layer, spec, spec.k, dtype, batch_size)
+        self._v = _split(layer, spec, spec.v, dtype, batch_size)
 
     @property
     def kept(self) -> int:
         """Tokens that can be read: all, on a sliding layer the newest window."""
-        window = self._spec.attention.sliding_window
+        window = self._attention.sliding_window
         return self.tokens if window is None else min(self.tokens, window)
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Add tokens, finite in fp32."""
-        for head, x in ((self._k, k), (self._v, v)):
-            for lot in x.split(_LOT_TOKENS, dim=1):
-                for runs, part in head:
-                    part.append(joined([lot[..., run] for run in runs], dim=-1).transpose(0, 1))
-        self.tokens += k.shape[1]
+        for splits, x in ((self._k, k), (self._v, v)):
+            heads = x.flatten(0, 1)  # [batch * num_kv_heads, tokens, head_dim]
+            for chunk in heads.split(_CHUNK_TOKENS, dim=1):
+                for split in splits:
+                    split.segment.append(joined([chunk[..., run] for run in split.runs], dim=-1).transpose(0, 1))
+        self.tokens += k.shape[-2]
 
     def keys(self) -> Tensor:
-        """The newest keys, oldest first: [num_kv_heads, kept, head_dim]."""
+        """The newest keys, oldest first: [batch, num_kv_heads, kept, head_dim]."""
         return self._read(self._k)
 
     def values(self) -> Tensor:
@@ -55,74 +58,82 @@ class LayerStore:
     def reset(self) -> None:
         """Forget all tokens."""
         self.tokens = 0
-        for part in self._parts:
-            part.reset()
+        for segment in self._segments:
+            segment.reset()
 
     @property
     def nbytes(self) -> int:
         """Bytes stored of the tokens held."""
-        return sum(part.nbytes for part in self._parts)
+        return sum(segment.nbytes for segment in self._segments)
 
     @property
     def allocated_nbytes(self) -> int:
         """The same with the spare room of the tensors that grow."""
-        return sum(part.allocated_nbytes for part in self._parts)
+        return sum(segment.allocated_nbytes for segment in self._segments)
 
     def nbytes_after(self, tokens: int) -> int:
         """What `nbytes` of an empty store becomes with so many tokens."""
-        return sum(part.nbytes_after(tokens) for part in self._parts)
+        return sum(segment.nbytes_after(tokens) for segment in self._segments)
 
     @property
-    def _parts(self) -> list[Part]:
-        return [part for _, part in (*self._k, *self._v)]
+    def _segments(self) -> list[Segment]:
+        return [split.segment for split in (*self._k, *self._v)]
 
-    def _read(self, head: list[_DimsPart]) -> Tensor:
-        if len(head) == 1:
-            return head[0].part.read(self._dtype).transpose(0, 1)
-        x = torch.empty(self.kept, self._spec.attention.num_kv_heads, self._spec.attention.head_dim, dtype=self._dtype)
-        for runs, part in head:
-            pieces = part.read(self._dtype).split([run.stop - run.start for run in runs], dim=-1)
+    def _read(self, splits: list[_DimSplit]) -> Tensor:
+        by_head = self._batch_size, self._attention.num_kv_heads
+        if len(splits) == 1:
+            return _by_head(splits[0].segment.read(self._dtype), by_head)
+        num_heads = self._batch_size * self._attention.num_kv_heads
+        x = torch.empty(self.kept, num_heads, self._attention.head_dim, dtype=self._dtype)
+        for runs, segment in splits:
+            pieces = segment.read(self._dtype).split([run.stop - run.start for run in runs], dim=-1)
             for run, piece in zip(runs, pieces, strict=True):
                 x[..., run] = piece
-        return x.transpose(0, 1)
+        return _by_head(x, by_head)
 
 
-class _DimsPart(NamedTuple):
-    """A part and the dims of the head that it holds, as runs: copying these is faster than picking dims."""
+def _by_head(x: Tensor, by_head: tuple[int, int]) -> Tensor:
+    """[tokens, batch * heads, dims] to [batch, heads, tokens, dims]."""
+    return x.transpose(0, 1).view(*by_head, x.shape[0], x.shape[2])
+
+
+class _DimSplit(NamedTuple):
+    """A segment and the dims of the head that it holds, as runs: copying these is faster than picking dims."""
 
     runs: list[slice]
-    part: Part
+    segment: Segment
 
 
-def _head(spec: LayerSpec, policy: LayerPolicy, head: Head, dtype: torch.dtype) -> list[_DimsPart]:
-    parts = []
-    for runs, storage in zip(_sets_of_dims(spec, len(head)), head, strict=True):
+def _split(layer: LayerSpec, spec: LayerKVSpec, head: HeadSpec, dtype: torch.dtype, batch_size: int) -> list[_DimSplit]:
+    splits = []
+    for runs, storage in zip(_sets_of_dims(layer, len(head)), head, strict=True):
         num_dims = sum(run.stop - run.start for run in runs)
         if num_dims == 0:  # As the unrotated ones of a sliding layer.
             continue
         try:
-            part = Part(
+            segment = Segment(
                 storage,
-                spec.attention.num_kv_heads,
+                batch_size * layer.attention.num_kv_heads,
                 num_dims,
-                window=spec.attention.sliding_window,
-                first=policy.first,
-                recent=policy.recent,
+                window=layer.attention.sliding_window,
+                attention_sinks=spec.attention_sinks,
+                residual_window=spec.residual_window,
                 dtype=dtype,
             )
         except QuantizationError as error:
-            said = f"{storage} does not fit the {num_dims} dims of layer {spec.index}'s heads"
+            said = f"{storage} does not fit the {num_dims} dims of layer {layer.index}'s heads"
             raise SpecError(f"{said}: {error}") from error
-        parts.append(_DimsPart(runs, part))
-    return parts
+        splits.append(_DimSplit(runs, segment))
+    return splits
 
 
-def _sets_of_dims(spec: LayerSpec, count: int) -> list[list[slice]]:
+def _sets_of_dims(layer: LayerSpec, count: int) -> list[list[slice]]:
     """All dims of a head, or the rotated ones and the others."""
+    head_dim = layer.attention.head_dim
     if count == 1:
-        return [[slice(0, spec.attention.head_dim)]]
-    rotated = torch.zeros(spec.attention.head_dim, dtype=torch.bool)
-    rotated[rotated_dims(spec.attention)] = True
-    borders = [0, *(rotated.diff().nonzero().flatten() + 1).tolist(), spec.attention.head_dim]
+        return [[slice(0, head_dim)]]
+    rotated = torch.zeros(head_dim, dtype=torch.bool)
+    rotated[rotated_dims(layer.attention)] = True
+    borders = [0, *(rotated.diff().nonzero().flatten() + 1).tolist(), head_dim]
     runs = [slice(*run) for run in itertools.pairwise(borders)]
     return [[run for run in runs if rotated[run.start] == which] for which in (True, False)]

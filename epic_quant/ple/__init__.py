@@ -2,6 +2,6 @@
 
 from epic_quant.ple.cache import CacheStats, PLERowCache
 from epic_quant.ple.packing import pack_table
-from epic_quant.ple.policy import RESIDENCIES, PLEPolicy
+from epic_quant.spec import RESIDENCIES
 
-__all__ = ["RESIDENCIES", "CacheStats", "PLEPolicy", "PLERowCache", "pack_table"]
+__all__ = ["RESIDENCIES", "CacheStats", "PLERowCache", "pack_table"]

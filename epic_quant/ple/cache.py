@@ -14,9 +14,10 @@ from torch import Tensor
 
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import SpecError, TokenError, unknown
-from epic_quant.ple.packing import UNPACKED, PackedRows, PlainRows, RowFormat, Table, open_packed
+from epic_quant.ple.packing import PackedRows, PlainRows, RowFormat, Table, open_packed
 from epic_quant.ple.reading import NUM_THREADS, MappedRows, PositionedRows, RowReader
 from epic_quant.ple.residency import Ids, Residency
+from epic_quant.spec import BF16, WeightSpec
 
 READS = ("positioned", "mapped")
 
@@ -66,7 +67,7 @@ class PLERowCache:
         capacity_nbytes: int | None = None,
         residency: str = "lru",
         static_ids: Tensor | None = None,
-        spec: str = UNPACKED,
+        spec: WeightSpec = BF16,
         packed: str | Path | None = None,
         reads: str = "positioned",
         num_threads: int = NUM_THREADS,
@@ -185,17 +186,17 @@ class PLERowCache:
 
 
 def _source(
-    table: Table, spec: str, packed: str | Path | None, reads: str, num_threads: int
+    table: Table, spec: WeightSpec, packed: str | Path | None, reads: str, num_threads: int
 ) -> tuple[RowFormat, RowReader, bool]:
     """The format rows are kept in, who reads them, and whether what is read must still be brought to that format."""
     rows_format: RowFormat
     checkpoint, name = table.checkpoint, table.name
     if packed is not None:
         checkpoint, rows_format = open_packed(packed, table)
-        if spec not in (UNPACKED, rows_format.quantizer.spec):
-            raise SpecError(f"{packed}: packed as {rows_format.quantizer.spec}, but {spec} is asked for")
+        if spec not in (BF16, rows_format.spec):
+            raise SpecError(f"{packed}: packed as {rows_format.spec}, but {spec} is asked for")
         (name,) = checkpoint.names
-    elif spec == UNPACKED:
+    elif spec == BF16:
         rows_format = PlainRows(table.location.dtype, table.cols)
     else:
         rows_format = PackedRows.of(spec, table.cols)
@@ -204,7 +205,7 @@ def _source(
         reader = MappedRows(checkpoint, name)
     else:
         reader = PositionedRows(checkpoint.location(name), num_threads)
-    return rows_format, reader, packed is None and spec != UNPACKED
+    return rows_format, reader, packed is None and spec != BF16
 
 
 def _capacity(rows: int | None, nbytes: int | None, row_nbytes: int) -> int:

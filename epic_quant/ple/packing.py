@@ -1,13 +1,10 @@
-"""Rows as the bytes they are kept in: those of the file, or packed by a quantizer, the scales behind the codes.
+"""Rows as the bytes they are kept in: those of the file, or what a storage format keeps of them.
 
 A packed table is a .safetensors file with one uint8 matrix, so that a row, its scales included, is one read.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +16,11 @@ from torch import Tensor
 
 from epic_quant.checkpoint import Checkpoint, TensorLocation
 from epic_quant.errors import CheckpointError, ConfigError, QuantizationError, SpecError
+from epic_quant.files import safetensors_writer
 from epic_quant.gemma4.config import TextConfig
-from epic_quant.quant import QuantizedTensor, Quantizer, quantizer
-from epic_quant.quant.scheme import SCALE_DTYPE
+from epic_quant.quant import from_tensors, quantize, resolved
+from epic_quant.spec import WeightSpec
 
-UNPACKED = "bf16"
 PACKED_NAME = "embed_tokens_per_layer.packed"
 _TABLE_NAME = "embed_tokens_per_layer.weight"
 _CHUNK_NBYTES = 2**26
@@ -111,46 +108,53 @@ class PlainRows:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """A quantizer's codes, and its fp16 scales behind them. `quantizer` is one that has fitted itself to the row."""
+    """All that a format stores of a row, tensor after tensor. `spec` has the Hadamard block that fits the row."""
 
-    quantizer: Quantizer
+    spec: WeightSpec
     cols: int
 
     @classmethod
-    def of(cls, spec: str, cols: int) -> PackedRows:
-        """The format of a spec. Raises SpecError for one that needs Hessians, which a table has not."""
-        scheme = quantizer(spec)
-        if scheme.gptq:
-            raise SpecError(f"{spec}: a table that is looked up has no inputs to take Hessians of; leave out +gptq")
-        # What the spec makes of rows of this width, such as the Hadamard block that fits, is known by doing it.
-        return cls(scheme.quantize(torch.zeros(1, cols)).quantizer, cols)
+    def of(cls, spec: WeightSpec, cols: int) -> PackedRows:
+        """The rows of a spec. Raises QuantizationError where its group does not divide the row, and SpecError for gptq.
+
+        A table that is looked up multiplies no inputs, so there is no Hessian.
+        """
+        if spec.gptq:
+            raise SpecError(
+                f"{spec}: a table that is looked up multiplies no inputs, so it has no Hessian; leave out +gptq"
+            )
+        return cls(resolved(spec, cols), cols)
 
     @cached_property
-    def _codes_nbytes(self) -> int:
-        return self.quantizer.quantize(torch.zeros(1, self.cols)).packed.nbytes
+    def _row(self) -> dict[str, Tensor]:
+        """What is stored of one row, found by storing one."""
+        return quantize(torch.zeros(1, self.cols), self.spec).tensors()
 
     @cached_property
     def row_nbytes(self) -> int:
         """Bytes of a row."""
-        return self.quantizer.quantize(torch.zeros(1, self.cols)).nbytes
+        return sum(tensor.nbytes for tensor in self._row.values())
 
     def encode(self, weights: Tensor) -> Tensor:
         """Weights [n, cols] to uint8 [n, row_nbytes]; raises QuantizationError where one is not finite."""
-        quantized = self.quantizer.quantize(weights)
-        return torch.cat([quantized.packed, quantized.scale.view(torch.uint8)], dim=1)
+        stored = quantize(weights, self.spec).tensors().values()
+        return torch.cat([tensor.view(torch.uint8) for tensor in stored], dim=1)
 
     def decode(self, rows: Tensor) -> Tensor:
         """Weights [n, cols] in fp32."""
-        codes, scale = rows.split([self._codes_nbytes, self.row_nbytes - self._codes_nbytes], dim=1)
-        # contiguous() does nothing for a single row, whose scales may then begin at an odd byte.
-        scale = scale.clone(memory_format=torch.contiguous_format).view(SCALE_DTYPE)
-        return QuantizedTensor(codes.contiguous(), scale, self.cols, self.quantizer).dequantize()
+        parts = rows.split([tensor.nbytes for tensor in self._row.values()], dim=1)
+        tensors = {
+            # contiguous() does nothing for a single row, which may then begin at an odd byte.
+            name: part.clone(memory_format=torch.contiguous_format).view(tensor.dtype)
+            for (name, tensor), part in zip(self._row.items(), parts, strict=True)
+        }
+        return from_tensors(self.spec, tensors, (len(rows), self.cols)).dequantize()
 
 
-def pack_table(checkpoint: Checkpoint, spec: str, path: str | Path) -> Path:
-    """Quantize the PLE table into a file of its own, for `PLERowCache(…, packed=path)`; done once, a part at a time.
+def pack_table(checkpoint: Checkpoint, spec: WeightSpec, path: str | Path) -> Path:
+    """Quantize the PLE table into a file of its own, for `PLERowCache(…, packed=path)`; done once, a chunk at a time.
 
-    The file names its spec and the fingerprint of its checkpoint, and is written beside its place and renamed.
+    The file names its spec and the fingerprint of its checkpoint; it is there whole, or not at all.
     Raises QuantizationError, naming the row, where a weight is not finite, and what `Table.of` and `PackedRows.of` do.
     """
     path = Path(path)
@@ -158,33 +162,17 @@ def pack_table(checkpoint: Checkpoint, spec: str, path: str | Path) -> Path:
         raise CheckpointError(f"{path}: a packed table is a .safetensors file, so its name must end that way")
     table = Table.of(checkpoint)
     rows_format = PackedRows.of(spec, table.cols)
-    header = {
-        "__metadata__": {
-            "spec": rows_format.quantizer.spec,
-            "cols": str(table.cols),
-            "fingerprint": checkpoint.fingerprint,
-        },
-        PACKED_NAME: {
-            "dtype": "U8",
-            "shape": [table.num_rows, rows_format.row_nbytes],
-            "data_offsets": [0, table.num_rows * rows_format.row_nbytes],
-        },
-    }
+    tensors = {PACKED_NAME: ("U8", (table.num_rows, rows_format.row_nbytes))}
+    metadata = {"spec": str(rows_format.spec), "cols": str(table.cols), "fingerprint": checkpoint.fingerprint}
     weights = checkpoint.tensor(table.name)
     step = max(1, _CHUNK_NBYTES // (4 * table.cols))
     try:
-        with tempfile.TemporaryDirectory(prefix=".pack-", dir=path.parent) as beside:
-            made = Path(beside, path.name)
-            with made.open("wb") as file:
-                text = json.dumps(header).encode()
-                text = text.ljust(-(-len(text) // 8) * 8)
-                file.write(len(text).to_bytes(8, "little") + text)
-                for start in range(0, table.num_rows, step):
-                    try:
-                        file.write(rows_format.encode(weights[start : start + step]).numpy().data)
-                    except QuantizationError as error:
-                        raise QuantizationError(f"{table.name}, rows from {start} on: {error}") from error
-            os.replace(made, path)
+        with safetensors_writer(path, tensors, metadata) as write:
+            for start in range(0, table.num_rows, step):
+                try:
+                    write(rows_format.encode(weights[start : start + step]).numpy().data)
+                except QuantizationError as error:
+                    raise QuantizationError(f"{table.name}, rows from {start} on: {error}") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
     return path
@@ -201,10 +189,10 @@ def open_packed(path: str | Path, table: Table) -> tuple[Checkpoint, PackedRows]
             f"{path}: packed from another checkpoint ({metadata.get('fingerprint')}); "
             f"{table.checkpoint.source} has the fingerprint {table.checkpoint.fingerprint}"
         )
-    rows_format = PackedRows.of(metadata.get("spec", ""), table.cols)
+    rows_format = PackedRows.of(WeightSpec.parse(metadata.get("spec", "")), table.cols)
     if location.shape != (table.num_rows, rows_format.row_nbytes) or location.dtype != torch.uint8:
         raise CheckpointError(
             f"{path}: a packed table of {list(location.shape)}, "
-            f"expected {[table.num_rows, rows_format.row_nbytes]} for {rows_format.quantizer.spec}"
+            f"expected {[table.num_rows, rows_format.row_nbytes]} for {rows_format.spec}"
         )
     return packed, rows_format

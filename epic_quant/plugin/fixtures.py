@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from epic_quant.errors import EpicQuantError
-from epic_quant.kv import KVPolicy
 from epic_quant.plugin.journal import Measured, journal_of
 from epic_quant.plugin.run import Run
 from epic_quant.plugin.session import run_of, runs_benchmarks
-from epic_quant.policy import Policy
-from epic_quant.records import JSON_KEY, Record
+from epic_quant.records import JSON_KEY, SubjectRecord
+from epic_quant.spec import REFERENCE, KVSpec, PolicySpec
 
-_NO_SENSITIVITIES = [
-    pytest.param(
-        "none", marks=pytest.mark.skip(reason="on a checkpoint over 1 GB only with -k sensitivity or --by-layer")
-    )
-]
+_ONLY_ASKED = pytest.mark.skip(reason="on a checkpoint over 1 GB only with --prices or --by-layer")
+_NO_ABLATIONS = [pytest.param("none", marks=_ONLY_ASKED)]
+_NO_RECIPES = [pytest.param("none", "none", marks=_ONLY_ASKED)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Give a test every policy, KV policy and single change that it takes by name, and every context of a KV cache.
+    """Give a test every policy, KV policy and ablation that it takes by name, and every context of a KV cache.
 
-    Recipes are made at the bytes of every policy but bf16. With a `tensor_class` it gets the policies that quantize
-    that class.
+    Recipes are made at the bytes of every policy but bf16, and at some bits a weight. With a `tensor_class` it gets
+    the policies that quantize that class.
     """
     if "kv_policy_name" in metafunc.fixturenames:
         metafunc.parametrize("kv_policy_name", list(run_of(metafunc.config).kv_policies))
@@ -34,11 +31,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("kv_context", run_of(metafunc.config).kv_contexts)
     if "ablation_name" in metafunc.fixturenames:
         # Without a single one pytest would only say that there is none.
-        metafunc.parametrize("ablation_name", list(run_of(metafunc.config).changes) or _NO_SENSITIVITIES)
+        metafunc.parametrize("ablation_name", list(run_of(metafunc.config).ablations) or _NO_ABLATIONS)
     if "recipe_at" in metafunc.fixturenames:
         run = run_of(metafunc.config)
-        names = [name for name in run.policies if name != "bf16"]
-        metafunc.parametrize("recipe_at", names if names and run.changes else _NO_SENSITIVITIES)
+        pairs: list[Any] = [(name, kv) for name in run.policies if name != REFERENCE for kv in ("in bf16", "chosen")]
+        pairs += [(f"{bits} bits", "in bf16") for bits in metafunc.module.RECIPE_BITS]
+        metafunc.parametrize(("recipe_at", "recipe_kv"), pairs if run.wants_prices else _NO_RECIPES)
     if "policy_name" not in metafunc.fixturenames:
         return
     policies = run_of(metafunc.config).policies
@@ -67,31 +65,26 @@ def run(request: pytest.FixtureRequest) -> Run:
 
 
 @pytest.fixture
-def policy(run: Run, policy_name: str) -> Policy:
+def policy(run: Run, policy_name: str) -> PolicySpec:
     """One of the run's policies."""
     return run.policies[policy_name]
 
 
 @pytest.fixture
-def kv_policy(run: Run, kv_policy_name: str) -> KVPolicy:
+def kv_policy(run: Run, kv_policy_name: str) -> KVSpec:
     """One of the run's KV policies."""
     return run.kv_policies[kv_policy_name]
 
 
-RecordFunction = Callable[..., None]
+RecordFunction = Callable[[SubjectRecord], None]
 
 
 @pytest.fixture
 def record(benchmark: Any, request: pytest.FixtureRequest) -> RecordFunction:
-    """`record(subject, labels, metrics, details)` puts a record into the benchmark's JSON; call it before timing."""
+    """`record(BlockRecord(…))` puts a record into the benchmark's JSON; call it before timing."""
 
-    def write(
-        subject: str,
-        labels: Mapping[str, str],
-        metrics: Mapping[str, float | None],
-        details: Mapping[str, Any] | None = None,
-    ) -> None:
-        made = Record(subject, labels, metrics, details or {})
+    def write(measured: SubjectRecord) -> None:
+        made = measured.to_record()
         # pytest-benchmark keeps a reference to this dict, so it is filled and never replaced.
         benchmark.extra_info[JSON_KEY] = made.to_json()
         journal_of(request.config).record(Measured(request.node.nodeid, made, benchmark))

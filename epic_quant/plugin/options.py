@@ -72,7 +72,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="tokens of each window, BOS included (default: four times what a sliding layer sees)",
     )
-    group.addoption("--by-layer", action="store_true", help="sensitivities of every layer alone too, on any checkpoint")
+    group.addoption("--by-layer", action="store_true", help="ablations of every layer alone too, on any checkpoint")
+    group.addoption(
+        "--prices",
+        action="store_true",
+        help="price every tensor, and measure ablations and recipes, on a checkpoint over 1 GB too",
+    )
+    group.addoption(
+        "--price",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="price tensors under this spec (repeatable; default: the best at each width), such as int4-g64",
+    )
     group.addoption(
         "--memory",
         type=_nbytes,

@@ -6,7 +6,8 @@ import argparse
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from epic_quant import __version__, kernels, kv, machine
+from epic_quant import __version__, command_line, kernels, machine
 from epic_quant.calibration import Hessians, gather, text_sha256
 from epic_quant.checkpoint import Checkpoint
-from epic_quant.errors import CheckpointError, TokenError
+from epic_quant.errors import CheckpointError, SpecError, TokenError
 from epic_quant.gemma4.config import TextConfig
-from epic_quant.gemma4.tensors import TensorClass, TextTensor, expected_tensors, text_tensors
-from epic_quant.kv import KVPolicy
+from epic_quant.gemma4.tensors import TextTensor, expected_tensors, text_tensors
 from epic_quant.plan import plan_quality
 from epic_quant.ple.residency import Ids
 from epic_quant.ple.traces import check_trace, load_ids
-from epic_quant.policy import NAMED, UNQUANTIZED, Policy
-from epic_quant.quality import NOISE_FLOOR, Ablation, Variant, changes, noise_floor
+from epic_quant.policy import check
+from epic_quant.prices import CANDIDATES
+from epic_quant.quality import Ablation, Variant, ablations, noise_floor
 from epic_quant.quality.passes import default_memory_nbytes
-from epic_quant.quant import quantizer
 from epic_quant.records import SCHEMA_VERSION
+from epic_quant.results.prices import prices_path
+from epic_quant.spec import NAMED, NAMED_KV, NOISE_FLOOR, REFERENCE, KVSpec, PolicySpec, TensorClass, WeightSpec
 from epic_quant.text import open_tokenizer, token_windows
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -46,6 +49,9 @@ HESSIAN_WINDOWS, HESSIAN_WINDOW_TOKENS = 16, 512
 _LEAST_KV_CONTEXT = 128
 
 _DEFAULT_WINDOWS = 3
+# Windows of the calibration text that prices are taken on, for each of the evaluation text's: prices differ more from
+# text to text than the divergence of a policy does from theirs.
+_PRICE_WINDOWS = 8
 
 
 class Run:
@@ -54,13 +60,9 @@ class Run:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.isa = kernels.isa()
-        self.policies = {policy.name: policy for policy in map(Policy.parse, self.options.policy)}
-        if not self.policies:
-            self.policies = dict(NAMED)
-        # Everything is held against bf16, so it is always there.
-        self.policies = {"bf16": NAMED["bf16"]} | self.policies
-        said = [KVPolicy.parse(text) for text in self.options.kv_policy] or kv.NAMED.values()
-        self.kv_policies = {"bf16": kv.NAMED["bf16"]} | {policy.name: policy for policy in said}
+        asked = [command_line.policy_of(text) for text in self.options.policy]
+        kv_policies = [*map(KVSpec.parse, self.options.kv_policy)] or NAMED_KV.values()
+        self.kv_policies = {"bf16": NAMED_KV["bf16"]} | {policy.name: policy for policy in kv_policies}
         source = self.options.checkpoint or DEFAULT_CHECKPOINT
         self.is_default = Path(source).resolve() == DEFAULT_CHECKPOINT
         self.checkpoint = Checkpoint.open(
@@ -70,8 +72,18 @@ class Run:
             download=self.options.download,
         )
         self.config = TextConfig.read(self.checkpoint)
-        for policy in self.policies.values():
-            policy.check(self.config)
+        # Everything is held against bf16, so it is always there.
+        self.policies, self.left_out = {REFERENCE: NAMED[REFERENCE]}, dict[str, str]()
+        for policy in asked or NAMED.values():
+            try:
+                check(policy, self.config)
+            except SpecError as error:
+                # Named policies are for E4B's shapes: where nobody asked for one that does not fit, all others go on.
+                if asked:
+                    raise
+                self.left_out[policy.name] = str(error)
+            else:
+                self.policies[policy.name] = policy
         self._file_names = text_tensors(self.checkpoint, self.config)
         self.nbytes = sum(self.checkpoint.nbytes(name) for name in self.checkpoint.names)
 
@@ -90,6 +102,11 @@ class Run:
         if rows is None:
             return _DEFAULT_SAMPLED_ROWS if self.nbytes > LARGE_CHECKPOINT_NBYTES else None
         return None if rows == "all" else rows
+
+    def context_of(self, config: TextConfig) -> int:
+        """Tokens that the KV cache of a resident footprint holds: `--context`, or what the model can take if less."""
+        asked: int = self.options.context
+        return min(config.max_position_embeddings, asked)
 
     @property
     def kv_tokens(self) -> int:
@@ -179,11 +196,78 @@ class Run:
         return self.windows(self.num_windows, self.window_tokens)
 
     @property
-    def sensitivity_windows(self) -> Tensor:
-        """The same, and after them as many of the calibration text. Raises TokenError where both texts are one."""
+    def wants_prices(self) -> bool:
+        """Whether tensors are priced: always on a small checkpoint, on one over 1 GB only where asked for."""
+        asked = self.options.prices or self.options.price or self.options.by_layer
+        return bool(asked) or self.nbytes <= LARGE_CHECKPOINT_NBYTES
+
+    @property
+    def reduces_precision(self) -> bool:
+        """Whether prices are taken in reduced precision: on a checkpoint over 1 GB."""
+        return self.nbytes > LARGE_CHECKPOINT_NBYTES
+
+    @cached_property
+    def price_windows(self) -> Tensor:
+        """The windows of the calibration text that prices are taken on; not those that `+gptq` is fitted to.
+
+        Raises TokenError where both texts are one.
+        """
         self._check_apart(text_sha256(self.calibration_text))
-        counts = self.num_windows, self.window_tokens
-        return torch.cat([self.windows(*counts), token_windows(self.checkpoint, self.calibration_text, *counts)])
+        large = self.nbytes > LARGE_CHECKPOINT_NBYTES
+        num_windows = self.num_windows * (1 if large else _PRICE_WINDOWS)
+        skip = HESSIAN_WINDOWS * (HESSIAN_WINDOW_TOKENS - 1) if self._fits_hessians else 0
+        sizes = num_windows, self.window_tokens
+        return token_windows(self.checkpoint, self.calibration_text, *sizes, skip=skip, least=1)
+
+    @cached_property
+    def _fits_hessians(self) -> bool:
+        """Whether the calibration text gives the Hessians, with as much again for prices."""
+        if self.options.hessians or self.nbytes > LARGE_CHECKPOINT_NBYTES:
+            return False
+        try:
+            token_windows(self.checkpoint, self.calibration_text, 2 * HESSIAN_WINDOWS, HESSIAN_WINDOW_TOKENS)
+        except TokenError:
+            return False
+        return True
+
+    @cached_property
+    def priced_specs(self) -> tuple[WeightSpec, ...]:
+        """The specs that tensors are priced under: `--price`, or the best at each width; and those of the policies.
+
+        Ones with `+gptq` only where there are Hessians.
+        """
+        asked = [WeightSpec.parse(text) for text in self.options.price] or CANDIDATES
+        own = (spec for policy in self.policies.values() for spec in sorted(policy.weight_specs, key=str))
+        fitted = self._fits_hessians or bool(self.options.hessians)
+        every = dict.fromkeys((*asked, *own))
+        return tuple(spec for spec in every if not spec.info.is_plain and (fitted or not spec.gptq))
+
+    @property
+    def priced_kv(self) -> list[KVSpec]:
+        """The KV specs that K and V are priced under: those of the run that quantize."""
+        return [spec for spec in self.kv_policies.values() if not spec.is_plain]
+
+    @property
+    def price_facts(self) -> dict[str, str]:
+        """What the file of prices says of where they come from."""
+        return {"text_sha256": text_sha256(self.calibration_text), "epic_quant": __version__}
+
+    @property
+    def prices_file(self) -> Path | None:
+        """Where prices are written: beside the JSON; None where none is."""
+        written: Path | None = getattr(self.options, "benchmark_json", None)
+        return None if written is None else prices_path(written)
+
+    @contextmanager
+    def progress(self, what: str, steps: int) -> Iterator[Callable[[str], None]]:
+        """A bar on a terminal, told what comes next at each of so many steps."""
+        with tqdm(total=steps, disable=None, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} gone") as bar:
+
+            def step(where: str) -> None:
+                bar.set_description(f"{what}: {where}")
+                bar.update()
+
+            yield step
 
     def _check_apart(self, fitted_sha256: str) -> None:
         if fitted_sha256 == text_sha256(self.text):
@@ -223,25 +307,22 @@ class Run:
                 read(self)
 
     @cached_property
-    def evaluated(self) -> dict[str, Policy | Variant]:
+    def evaluated(self) -> dict[str, PolicySpec | Variant]:
         """The policies whose quality is judged, and the noise floor; not those that lack the Hessians to be fitted."""
         fitted = bool(self.options.hessians) or self.nbytes <= LARGE_CHECKPOINT_NBYTES
-        found: dict[str, Policy | Variant] = {
-            name: policy
-            for name, policy in self.policies.items()
-            if fitted or not any(quantizer(spec).gptq for spec in policy.all_specs)
+        found: dict[str, PolicySpec | Variant] = {
+            name: policy for name, policy in self.policies.items() if fitted or not policy.needs_hessians
         }
         return found | {NOISE_FLOOR: noise_floor()}
 
     @cached_property
-    def changes(self) -> dict[str, Ablation]:
-        """The single changes whose sensitivity is measured, by name; on a large checkpoint only where asked for."""
-        asked = self.options.by_layer or "sensitivity" in self.options.keyword
-        if self.nbytes > LARGE_CHECKPOINT_NBYTES and not asked:
+    def ablations(self) -> dict[str, Ablation]:
+        """The ablations whose divergence is measured, by name; on a large checkpoint only where asked for."""
+        if not self.wants_prices:
             return {}
-        quantized = [name for name, policy in self.kv_policies.items() if str(policy) not in (UNQUANTIZED, "fp32")]
-        found = changes(self.config, quantized, by_layer=self.options.by_layer)
-        return {str(change): change for change in found}
+        quantized = [spec for spec in self.kv_policies.values() if not spec.is_plain]
+        found = ablations(self.config, quantized, by_layer=self.options.by_layer)
+        return {str(ablation): ablation for ablation in found}
 
     @property
     def memory_nbytes(self) -> int:
@@ -259,7 +340,7 @@ class Run:
             raise CheckpointError(f"{folder}: cannot be made a folder to resume from: {error.strerror}") from error
         return folder / f"{name}.safetensors"
 
-    def plan_of(self, name: str, variants: Mapping[str, Policy | Variant], windows: int) -> list[str]:
+    def plan_of(self, name: str, variants: Mapping[str, PolicySpec | Variant], windows: int) -> list[str]:
         """What evaluating these takes on so many windows, for people."""
         return plan_quality(name, self.config, variants, windows, self.window_tokens, self.memory_nbytes)
 
@@ -285,7 +366,7 @@ class Run:
             "platform": f"{platform.system()} {platform.machine()}",
             "read_bandwidth_gbs": machine.read_bandwidth() / 1e9,
             "seed": SEED,
-            "context": self.options.context,
+            "context": self.context_of(self.config),
             "kv_tokens": self.kv_tokens,
             "sampled_rows": self.sampled_rows,
             "commit": _commit(),
@@ -295,7 +376,8 @@ class Run:
 # What the benchmarks' fixtures read of the texts.
 _READ: Mapping[str, Callable[[Run], object]] = {
     "qualities": lambda run: run.quality_windows,
-    "sensitivities": lambda run: run.sensitivity_windows if run.changes else None,
+    "sensitivities": lambda run: run.quality_windows if run.ablations else None,
+    "prices": lambda run: run.price_windows if run.wants_prices else None,
     "window": lambda run: run.windows(1, run.kv_tokens),
     "trace_of": lambda run: run.token_ids(run.text),
     "block_inputs": lambda run: run.windows(1, 2),

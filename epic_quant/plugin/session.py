@@ -11,7 +11,7 @@ import pytest
 
 from epic_quant import kernels
 from epic_quant.errors import EpicQuantError
-from epic_quant.plan import plan
+from epic_quant.plan import plan, plan_prices
 from epic_quant.plugin.run import Run
 
 _RUN = pytest.StashKey[Run]()
@@ -81,6 +81,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         computes,
         f"checkpoint: {kind}, {run.nbytes / 1e6:,.1f} MB, {run.config.num_layers} layers",
         f"policies: {', '.join(run.policies)}",
+        *(f"left out: {name}, {reason}" for name, reason in run.left_out.items()),
         f"errors on: {'all rows' if rows is None else f'{rows} rows of each tensor (--rows)'}",
     ]
 
@@ -94,10 +95,14 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
     planned = {name for item in session.items for name in getattr(item, "fixturenames", ())}
     if "qualities" in planned:
         lines += run.plan_of("quality", run.evaluated, run.num_windows)
-    if "sensitivities" in planned and run.changes:
-        variants = {name: change.variant() for name, change in run.changes.items()}
-        lines += run.plan_of("sensitivity", variants, 2 * run.num_windows)
-    if recipes := sum("recipe_at" in getattr(item, "fixturenames", ()) for item in session.items if run.changes):
-        lines.append(f"recipes come of the sensitivities: up to {recipes} policies more, each as long as one above")
+    if "sensitivities" in planned and run.ablations:
+        variants = {name: ablation.policy for name, ablation in run.ablations.items()}
+        lines += run.plan_of("sensitivity", variants, run.num_windows)
+    if run.wants_prices and planned & {"prices", "predicted"}:
+        num_windows, window_tokens = run.price_windows.shape
+        lines += plan_prices(run.config, run.priced_specs, num_windows, window_tokens, run.reduces_precision)
+    items = session.items if run.wants_prices else ()
+    if recipes := sum("recipe_at" in getattr(item, "fixturenames", ()) for item in items):
+        lines.append(f"recipes come of the prices: up to {recipes} policies more, each as long as one above")
     print("\n".join([f"{len(session.items)} measurements would be made", *lines]))
     return True

@@ -1,21 +1,19 @@
 """What a policy does to the model's predictions: perplexity and KL divergence, the model streamed a layer at a time."""
 
-from epic_quant.quality.evaluation import Evaluation, evaluate, measure, noise_floor
+from epic_quant.quality.evaluation import Evaluation, evaluate, measure, run_pass
 from epic_quant.quality.measures import Quality, TokenMeasures
-from epic_quant.quality.sensitivity import KV_CACHE, Ablation, changes
-from epic_quant.quality.variants import NOISE_FLOOR, REFERENCE, Variant
+from epic_quant.quality.sensitivity import Ablation, ablations
+from epic_quant.quality.variants import Variant, noise_floor
 
 __all__ = [
-    "KV_CACHE",
-    "NOISE_FLOOR",
-    "REFERENCE",
     "Ablation",
     "Evaluation",
     "Quality",
     "TokenMeasures",
     "Variant",
-    "changes",
+    "ablations",
     "evaluate",
     "measure",
     "noise_floor",
+    "run_pass",
 ]

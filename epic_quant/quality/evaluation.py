@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +15,12 @@ from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import SpecError, TokenError
 from epic_quant.gemma4.config import TextConfig
 from epic_quant.gemma4.model import check_token_ids
-from epic_quant.policy import Policy
 from epic_quant.quality import resume as resuming
 from epic_quant.quality.measures import Quality, TokenMeasures
 from epic_quant.quality.passes import Memory, default_memory_nbytes, passes, work
-from epic_quant.quality.stream import Stream
-from epic_quant.quality.variants import NOISE_FLOOR, Variant, with_reference
+from epic_quant.quality.stream import State, Stream
+from epic_quant.quality.variants import Variant, noise_floor, with_reference
+from epic_quant.spec import NOISE_FLOOR, PolicySpec
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Evaluation:
 
 def evaluate(
     checkpoint: Checkpoint,
-    policies: Mapping[str, Policy | Variant],
+    policies: Mapping[str, PolicySpec | Variant],
     windows: Tensor,
     *,
     hessians: Mapping[str, Tensor] | None = None,
@@ -55,15 +55,9 @@ def evaluate(
     return {name: tokens.quality() for name, tokens in found.tokens.items()}
 
 
-def noise_floor() -> Variant:
-    """The checkpoint's own weights, computed in bf16."""
-    return Variant(Policy(NOISE_FLOOR, {}), dtype=torch.bfloat16)
-
-
-@torch.inference_mode()
 def measure(
     checkpoint: Checkpoint,
-    policies: Mapping[str, Policy | Variant],
+    policies: Mapping[str, PolicySpec | Variant],
     windows: Tensor,
     *,
     hessians: Mapping[str, Tensor] | None = None,
@@ -96,40 +90,68 @@ def measure(
             at, resumed_after = found, str(found)
             print(f"{resume}: goes on after {resumed_after}", file=sys.stderr)
 
-    def keep() -> None:
-        if resume is not None and identity is not None:
-            resuming.save(resume, identity, at)
-
-    multiplications = [
-        work([variants[name] for name in batch], config, *windows.shape) for batch in at.batches[at.index :]
-    ]
-    # In units of a billion, so that the bar's own numbers stay short.
+    remaining = [work([variants[name] for name in batch], config, *windows.shape) for batch in at.batches[at.index :]]
+    # In units of a billion multiplications, so that the bar's own numbers stay short.
     with tqdm(
-        total=sum(map(sum, multiplications)) / 1e9,
-        initial=sum(multiplications[0][: at.layers]) / 1e9 if multiplications else 0,
+        total=sum(map(sum, remaining)) / 1e9,
+        initial=sum(remaining[0][: at.layers]) / 1e9 if remaining else 0,
         disable=None if progress is None else not progress,
         bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left",
     ) as bar:
-        for done in multiplications:
-            batch = at.batches[at.index]
-            stream = Stream(checkpoint, {name: variants[name] for name in batch}, windows, hessians)
-            if at.layers:
-                stream.resume(at.states)
-            else:
-                stream.begin()
+
+        def keep(multiplications: float) -> None:
+            if resume is not None and identity is not None:
+                resuming.save(resume, identity, at)
+            bar.update(multiplications / 1e9)
+
+        for batch, multiplications in zip(at.batches[at.index :], remaining, strict=True):
             where = f"{len(batch)} policies, pass {at.index + 1} of {len(at.batches)}"
-            for spec in config.layers[at.layers :]:
-                bar.set_description(f"layer {spec.index + 1} of {config.num_layers}, {where}")
-                stream.layer(spec)
-                at.layers, at.states = spec.index + 1, stream.states
-                keep()
-                bar.update(done[spec.index] / 1e9)
-            bar.set_description(f"head, {where}")
-            at.done.update({name: tokens for name, tokens in stream.measures().items() if name not in at.done})
+
+            def after_layer(
+                layers: int, states: list[State], where: str = where, work: list[int] = multiplications
+            ) -> None:
+                at.layers, at.states = layers, states
+                keep(work[layers - 1])
+                part = "head" if layers == config.num_layers else f"layer {layers + 1} of {config.num_layers}"
+                bar.set_description(f"{part}, {where}")
+
+            bar.set_description(f"layer {at.layers + 1} of {config.num_layers}, {where}")
+            together = {name: variants[name] for name in batch}
+            measured = run_pass(
+                checkpoint, together, windows, hessians, states=at.states, layers=at.layers, after_layer=after_layer
+            )
+            at.done.update({name: tokens for name, tokens in measured.items() if name not in at.done})
             at.index, at.layers, at.states = at.index + 1, 0, []
-            keep()
-            bar.update(done[-1] / 1e9)
+            keep(multiplications[-1])
     return Evaluation({name: at.done[name] for name in variants}, resumed_after)
+
+
+@torch.inference_mode()
+def run_pass(
+    checkpoint: Checkpoint,
+    variants: Mapping[str, Variant],
+    windows: Tensor,
+    hessians: Mapping[str, Tensor],
+    *,
+    states: Sequence[State] = (),
+    layers: int = 0,
+    after_layer: Callable[[int, list[State]], None] | None = None,
+) -> dict[str, TokenMeasures]:
+    """One pass over the file for some variants, the reference among them, on `windows` int64 [N, T] from BOS on.
+
+    A plain function of picklable values, so that a thread, a process or a cluster can run it. It begins after `layers`
+    layers with their `states`, and calls `after_layer(layers, states)` after each. Raises as `measure`.
+    """
+    stream = Stream(checkpoint, variants, windows, hessians)
+    if layers:
+        stream.resume(list(states))
+    else:
+        stream.begin()
+    for spec in stream.config.layers[layers:]:
+        stream.layer(spec)
+        if after_layer is not None:
+            after_layer(spec.index + 1, stream.states)
+    return stream.measures()
 
 
 def check_windows(windows: Tensor, config: TextConfig) -> None:

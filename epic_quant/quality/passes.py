@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -14,10 +14,18 @@ from epic_quant import machine
 from epic_quant.errors import TokenError
 from epic_quant.gemma4.block import num_scores, query_blocks
 from epic_quant.gemma4.config import TextConfig
-from epic_quant.gemma4.tensors import TensorClass, TextTensor, expected_tensors
-from epic_quant.policy import UNQUANTIZED
+from epic_quant.gemma4.tensors import TextTensor
 from epic_quant.quality.stream import BATCH_TOKENS, HEAD_ROWS, HEAD_TOKENS
-from epic_quant.quality.variants import REFERENCE, StartKey, Variant, signature, start_key
+from epic_quant.quality.variants import (
+    StartKey,
+    TensorKey,
+    Variant,
+    head_key,
+    matrices,
+    signature,
+    start_key,
+)
+from epic_quant.spec import REFERENCE, TensorClass, WeightSpec
 
 # Where the system does not say what is free.
 _UNKNOWN_AVAILABLE_NBYTES = 8 * 10**9
@@ -38,8 +46,8 @@ class Needs(NamedTuple):
 
     state: int  # its states, to the end
     start: StartKey  # what comes before the first layer
-    table: tuple[torch.dtype, str]  # the embedding, for the head
-    specs: frozenset[str]  # what is quantized under each
+    table: tuple[torch.dtype, TensorKey]  # the embedding, for the head
+    stored: frozenset[tuple[TextTensor, WeightSpec]]  # what is quantized of the layers
 
 
 @dataclass(frozen=True)
@@ -52,9 +60,9 @@ class Memory:
 
     def nbytes(self, needs: Iterable[Needs]) -> int:
         """Of a pass with these: what waits of each, and what the largest layer or the head takes beside it."""
-        states, starts, tables, specs = (set(parts) for parts in zip(*needs, strict=True))
+        states, starts, tables, stored = (set(parts) for parts in zip(*needs, strict=True))
         waiting = len(states) * self.state_nbytes + len(starts) * self._ple_nbytes
-        working = max(self._layer_nbytes(len(frozenset().union(*specs))), self._head_nbytes(len(tables)))
+        working = max(self._layer_nbytes(frozenset().union(*stored)), self._head_nbytes(len(tables)))
         return math.ceil((waiting + working) * _HEAP)
 
     def needs(self, variants: Mapping[str, Variant]) -> dict[str, Needs]:
@@ -65,8 +73,13 @@ class Memory:
             name: Needs(
                 state=numbers[signatures[name]],
                 start=start_key(variant, self.config),
-                table=(variant.dtype, variant.policy.specs[TensorClass.EMBEDDING]),
-                specs=frozenset(variant.specs - {UNQUANTIZED}),
+                table=head_key(variant, self.config),
+                stored=frozenset(
+                    (tensor, key)
+                    for layer in self.config.layers
+                    for tensor in matrices(self.config)[layer.index]
+                    if (key := variant.key(tensor)) is not None
+                ),
             )
             for name, variant in variants.items()
         }
@@ -92,9 +105,13 @@ class Memory:
         distinct = min(self._tokens, self.config.vocab_size)
         return distinct * self.config.num_layers * self.config.ple_dim * 4 * 2
 
-    def _layer_nbytes(self, num_specs: int) -> int:
-        """The largest layer decoded to fp32 and, of each spec, quantized; and what a batch of windows needs in it."""
-        weights = max(layer_numel(self.config))
+    def _layer_nbytes(self, stored: Collection[tuple[TextTensor, WeightSpec]]) -> int:
+        """The largest layer decoded to fp32 and quantized, a byte a weight; and what a batch of windows needs in it."""
+        quantized = dict.fromkeys(range(self.config.num_layers), 0)
+        for tensor, _ in stored:
+            assert tensor.layer is not None
+            quantized[tensor.layer] += math.prod(tensor.shape)
+        weights = max(4 * numel + quantized[layer] for layer, numel in enumerate(layer_numel(self.config)))
         windows = max(1, min(self.num_windows, BATCH_TOKENS // self.window_tokens))
         tokens = windows * self.window_tokens
         wide = max(3 * layer.mlp.intermediate_size for layer in self.config.layers) + 6 * self.config.hidden_size
@@ -105,7 +122,7 @@ class Memory:
             for queries, keys in query_blocks(layer.attention.sliding_window, self.window_tokens, self.window_tokens)
         )
         attention = 3 * 4 * windows * scores
-        return weights * 4 + weights * num_specs + 4 * tokens * wide + attention
+        return weights + 4 * tokens * wide + attention
 
     def _head_nbytes(self, num_tables: int) -> int:
         rows = min(HEAD_ROWS, self.config.vocab_size)
@@ -140,11 +157,8 @@ def passes(variants: Mapping[str, Variant], memory: Memory, memory_nbytes: int) 
 @cache
 def layer_numel(config: TextConfig) -> tuple[int, ...]:
     """The weights of each layer's matrices."""
-    numel = [0] * config.num_layers
-    for tensor in _matrices(config):
-        if tensor.layer is not None:
-            numel[tensor.layer] += math.prod(tensor.shape)
-    return tuple(numel)
+    found = matrices(config)
+    return tuple(sum(math.prod(tensor.shape) for tensor in found[layer.index]) for layer in config.layers)
 
 
 def work(variants: Sequence[Variant], config: TextConfig, num_windows: int, window_tokens: int) -> list[int]:
@@ -164,20 +178,16 @@ def work(variants: Sequence[Variant], config: TextConfig, num_windows: int, wind
     return [*layers, tokens * config.vocab_size * config.hidden_size * len(set(signatures))]
 
 
-def quantized_numel(variants: Sequence[Variant], config: TextConfig) -> dict[str, int]:
+def quantized_numel(variants: Sequence[Variant], config: TextConfig) -> dict[WeightSpec, int]:
     """Weights that a pass quantizes under each spec: a tensor once, however many variants share it.
 
     Of tables that is every row, for the head, and none for the PLE table, of which only the text's rows are taken.
     """
-    found: dict[str, int] = {}
-    for tensor in _matrices(config):
-        if tensor.tensor_class is None or tensor.tensor_class is TensorClass.PLE_TABLE:
-            continue
-        policies = (v.policy if tensor.layer is None else v.at(tensor.layer) for v in variants)
-        for spec in {policy.specs[tensor.tensor_class] for policy in policies} - {UNQUANTIZED}:
-            found[spec] = found.get(spec, 0) + math.prod(tensor.shape)
+    found: dict[WeightSpec, int] = {}
+    for tensors in matrices(config).values():
+        for tensor in tensors:
+            if tensor.tensor_class is not TensorClass.PLE_TABLE:
+                for spec in {variant.key(tensor) for variant in variants} - {None}:
+                    assert spec is not None
+                    found[spec] = found.get(spec, 0) + math.prod(tensor.shape)
     return found
-
-
-def _matrices(config: TextConfig) -> list[TextTensor]:
-    return [tensor for tensor in expected_tensors(config) if tensor.tensor_class is not None and not tensor.unused]

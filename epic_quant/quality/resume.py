@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 from epic_quant import __version__
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import CheckpointError, SpecError, TokenError
+from epic_quant.files import atomic
 from epic_quant.gemma4.config import TextConfig
 from epic_quant.quality.measures import TokenMeasures
 from epic_quant.quality.stream import State, WindowsKV
@@ -82,7 +82,7 @@ class Progress:
 
 
 def save(path: Path, identity: Identity, progress: Progress) -> None:
-    """Write it beside its place and rename it. Raises CheckpointError where that cannot be done."""
+    """Write it, whole or not at all. Raises CheckpointError where that cannot be done."""
     tensors: dict[str, Tensor] = {}
     names: dict[int, str] = {}
 
@@ -110,14 +110,11 @@ def save(path: Path, identity: Identity, progress: Progress) -> None:
             name: [put(getattr(measures, part)) for part in _MEASURES] for name, measures in progress.done.items()
         },
     }
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        save_file(tensors, unfinished, {_KEY: json.dumps(content)})
-        unfinished.replace(path)
+        with atomic(path) as unfinished:
+            save_file(tensors, unfinished, {_KEY: json.dumps(content)})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: the state of the run cannot be written: {error}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def load(path: Path, identity: Identity, config: TextConfig) -> Progress | None:

@@ -12,25 +12,33 @@ In comments N is windows, T the tokens of each, H hidden_size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from epic_quant.checkpoint import Checkpoint
-from epic_quant.errors import CheckpointError, QuantizationError
+from epic_quant.errors import CheckpointError
 from epic_quant.gemma4.block import decoder_block
 from epic_quant.gemma4.config import LayerSpec, TextConfig
 from epic_quant.gemma4.kv_store import ForwardKV
-from epic_quant.gemma4.model import attention_masks, embed, head, per_layer_inputs, rope_tables
-from epic_quant.gemma4.tensors import TensorClass
-from epic_quant.gemma4.weights import CheckpointWeights
-from epic_quant.kv import KVCache, KVPolicy
-from epic_quant.policy import UNQUANTIZED
+from epic_quant.gemma4.model import attention_masks, embed, head_logits, per_layer_inputs, rope_tables
+from epic_quant.kv import KVCache
 from epic_quant.quality.measures import Divergence, ReferenceSlice, Softmax, TokenMeasures
-from epic_quant.quality.variants import REFERENCE, LayerKey, StartKey, Variant, grouped, layer_key, start_key
-from epic_quant.quant import QuantizedTensor, Weight, quantizer
+from epic_quant.quality.variants import (
+    LayerKey,
+    StartKey,
+    TensorKey,
+    Variant,
+    embedding,
+    grouped,
+    head_key,
+    layer_key,
+    start_key,
+)
+from epic_quant.quant import Weight
+from epic_quant.spec import REFERENCE, KVSpec
 
 # Tokens that go through a layer together, in whole windows. It depends on nothing else, so that neither the number of
 # variants nor the memory allowed can change a bit of the result.
@@ -40,36 +48,28 @@ BATCH_TOKENS = 1024
 HEAD_TOKENS = 256
 HEAD_ROWS = 8192
 
-_EMBEDDING = "embed_tokens.weight"
-
 
 class WindowsKV(ForwardKV):
-    """The K and V of some windows in one forward, each through a cache of its own while `policy` says how.
+    """The K and V of some windows in one forward, through a cache while `spec` says how.
 
     All of a window's tokens are stored before any is read, as when a prompt is read at once: a token finds even its
-    newest neighbours as the cache returns them, where a decoder that keeps `recent` ones plain would not yet.
+    newest neighbours as the cache returns them, where a decoder with a residual window would not yet.
     """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__(config)
         self._config = config
-        self.policy: KVPolicy | None = None
+        self.spec: KVSpec | None = None
 
     def write(self, spec: LayerSpec, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """As `ForwardKV.write`, of [windows, num_kv_heads, T, head_dim]."""
-        if self.policy is not None:
-            cache = KVCache(self._config, self.policy, k.dtype)
-            stored_k, stored_v = torch.empty_like(k), torch.empty_like(v)
-            for window in range(len(k)):
-                one = slice(window, window + 1)
-                stored_k[one], stored_v[one] = ForwardKV(self._config, cache).write(spec, k[one], v[one])
-                cache.reset()
-            k, v = stored_k, stored_v
+        if self.spec is not None:
+            k, v = KVCache(self._config, self.spec, k.dtype, batch_size=len(k)).update(spec.index, k, v)
         return super().write(spec, k, v)
 
     @property
     def shared(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """K and V that later layers read, by the layer that owns them."""
+        """K and V that later layers read, by the layer that is their source."""
         return self._shared
 
     def fork(self) -> WindowsKV:
@@ -98,7 +98,7 @@ class State:
 
 
 class Stream:
-    """A pass for `variants`, the reference among them, on `windows` int64 [N, T]; `hessians` as `Policy.weights` has.
+    """A pass for `variants`, the reference among them, on `windows` int64 [N, T]; `hessians` as `PolicyWeights` has.
 
     Between two calls `states` is all that it has come to, and may be put there in place of `begin` or of some layers.
     """
@@ -106,9 +106,9 @@ class Stream:
     def __init__(
         self, checkpoint: Checkpoint, variants: Mapping[str, Variant], windows: Tensor, hessians: Mapping[str, Tensor]
     ) -> None:
-        self._checkpoint, self._weights, self._hessians = checkpoint, CheckpointWeights(checkpoint), hessians
-        self._variants, self._windows = variants, windows
-        self.config = self._weights.config
+        self._checkpoint, self._variants, self._windows = checkpoint, variants, windows
+        self._weights = {name: variant.weights(checkpoint, hessians) for name, variant in variants.items()}
+        self.config = self._weights[REFERENCE].config
         # What precedes the first layer depends on a token's id alone, so it is computed and held once for each id.
         self._ids, self._id_of = windows.unique(return_inverse=True)  # [distinct], [N, T]
         step = max(1, BATCH_TOKENS // windows.shape[1])
@@ -117,7 +117,7 @@ class Stream:
         self._rope = {
             dtype: rope_tables(self.config, positions, dtype) for dtype in {v.dtype for v in variants.values()}
         }
-        self._blocked = attention_masks(self.config, windows.shape[1])
+        self._masks = attention_masks(self.config, windows.shape[1])
         self._ple: dict[StartKey, Tensor | None] = {}  # [distinct, num_layers, ple_dim]
         self.states: list[State] = []
 
@@ -136,7 +136,7 @@ class Stream:
 
     def _start(self, key: StartKey, name: str) -> Tensor:
         """Keep the PLE inputs of every distinct id; return its hidden state before the first layer, [distinct, H]."""
-        weights = self._variants[name].policy.weights(self._checkpoint, self._hessians)
+        weights = self._weights[name]
         embedded = embed(weights, self._ids[None], key.dtype)
         ple = per_layer_inputs(weights, self._ids[None], embedded)
         self._ple[key] = None if ple is None else ple[0]
@@ -151,17 +151,14 @@ class Stream:
         Raises QuantizationError for a weight that cannot be quantized as asked, CheckpointError where hidden states
         are not finite any more.
         """
-        plain = self._weights.layer(spec.index)
         self.states = [part for state in self.states for part in self._parted(state, spec)]
-        stored: dict[tuple[str, str], QuantizedTensor] = {}
+        stored: dict[tuple[str, TensorKey], Weight] = {}
 
-        def weights_key(state: State) -> tuple[torch.dtype, tuple[tuple[TensorClass, str], ...]]:
-            return self._start_key(state).dtype, self._layer_key(state.members[0], spec).specs
+        def weights_key(state: State) -> tuple[torch.dtype, tuple[TensorKey, ...]]:
+            return self._start_key(state).dtype, self._layer_key(state.members[0], spec).weights
 
-        for (dtype, specs), states in grouped(self.states, weights_key).items():
-            weights = {
-                name: self._decoded(spec, name, weight, dict(specs), dtype, stored) for name, weight in plain.items()
-            }
+        for (dtype, _), states in grouped(self.states, weights_key).items():
+            weights = self._decoded(spec, states[0].members[0], dtype, stored)
             for state in states:
                 self._through(state, spec, weights)
             # Before others are decoded: two layers of fp32 would be what a pass takes most of.
@@ -177,32 +174,27 @@ class Stream:
         return [state, *forks]
 
     def _decoded(
-        self,
-        spec: LayerSpec,
-        name: str,
-        weight: Weight,
-        specs: Mapping[TensorClass, str],
-        dtype: torch.dtype,
-        stored: dict[tuple[str, str], QuantizedTensor],
-    ) -> Weight:
-        """A weight of the layer as it is computed with; `stored` has what was quantized for others."""
-        assert isinstance(weight, Tensor)
-        tensor = self._weights.tensors[f"layers.{spec.index}.{name}"]
-        if tensor.tensor_class is None:
-            return weight
-        if (said := specs[tensor.tensor_class]) == UNQUANTIZED:
-            return weight.to(dtype)
-        if (name, said) not in stored:
-            stored[name, said] = _quantized(tensor.name, weight, said, self._hessians.get(tensor.name))
-        return stored[name, said].dequantize(dtype)
+        self, spec: LayerSpec, member: str, dtype: torch.dtype, stored: dict[tuple[str, TensorKey], Weight]
+    ) -> dict[str, Weight]:
+        """A layer's weights as they are computed with; `stored` has what was quantized for others."""
+        weights, variant = self._weights[member], self._variants[member]
+        decoded: dict[str, Weight] = {}
+        for tensor in weights.tensors.values():
+            if tensor.layer != spec.index or tensor.unused:
+                continue
+            key = tensor.name, variant.key(tensor)
+            if key not in stored:
+                stored[key] = weights.get(tensor.name)
+            decoded[tensor.local_name] = _in_dtype(stored[key], dtype) if tensor.target else stored[key]
+        return decoded
 
     def _through(self, state: State, spec: LayerSpec, weights: Mapping[str, Weight]) -> None:
         key = self._start_key(state)
-        quantized_kv = self._layer_key(state.members[0], spec).kv is not None
-        policy = self._variants[state.members[0]].at(spec.index).kv if quantized_kv else None
+        variant = self._variants[state.members[0]]
+        kv_spec = None if variant.kv(spec) is None else variant.policy.kv_of(spec.index)
         ple = self._ple[key]
         for windows, kv in zip(self._batches, state.kv, strict=True):
-            kv.policy = policy
+            kv.spec = kv_spec
             state.hidden[windows] = decoder_block(
                 state.hidden[windows],
                 weights,
@@ -210,7 +202,7 @@ class Stream:
                 config=self.config,
                 ple=None if ple is None else ple[:, spec.index][self._id_of[windows]],
                 rope=self._rope[key.dtype][spec.layer_type],
-                blocked=self._blocked[spec.layer_type],
+                mask=self._masks[spec.layer_type],
                 kv=kv,
             )
             kv.drop_after(spec)
@@ -229,7 +221,11 @@ class Stream:
         reference, divergences = Softmax(right), [Divergence(right) for _ in self.states]
         ours = next(state for state in self.states if REFERENCE in state.members)
         for first in range(0, self.config.vocab_size, HEAD_ROWS):
-            tables = {key: self._vocabulary(*key, first) for key in {self._head_key(state) for state in self.states}}
+            rows = torch.arange(first, min(first + HEAD_ROWS, self.config.vocab_size))
+            tables = {
+                key: self._rows_of_head(states[0].members[0], rows)
+                for key, states in grouped(self.states, self._head_key).items()
+            }
             for at in self._head_slices():
                 logits = self._logits(ours, tables, at)
                 beside = ReferenceSlice(reference, at, first, logits)
@@ -249,44 +245,19 @@ class Stream:
             for first in range(0, predicted, HEAD_TOKENS):
                 yield window, slice(first, min(first + HEAD_TOKENS, predicted))
 
-    def _head_key(self, state: State) -> tuple[torch.dtype, str]:
-        variant = self._variants[state.members[0]]
-        return variant.dtype, variant.policy.specs[TensorClass.EMBEDDING]
+    def _head_key(self, state: State) -> tuple[torch.dtype, TensorKey]:
+        return head_key(self._variants[state.members[0]], self.config)
 
     def _logits(
-        self, state: State, tables: Mapping[tuple[torch.dtype, str], _Vocabulary], at: tuple[int, slice]
+        self, state: State, tables: Mapping[tuple[torch.dtype, TensorKey], Tensor], at: tuple[int, slice]
     ) -> Tensor:
-        return head(tables[self._head_key(state)], state.hidden[at]).double()
+        norm = self._weights[state.members[0]].get("norm.weight")
+        return head_logits(self.config, state.hidden[at], norm, tables[self._head_key(state)]).double()
 
-    def _vocabulary(self, dtype: torch.dtype, spec: str, first: int) -> _Vocabulary:
-        """A slice of the tied head. Every scheme keeps rows apart, so only these are quantized."""
-        table = self._weights.get(_EMBEDDING)[first : first + HEAD_ROWS]
-        if spec != UNQUANTIZED:
-            table = _quantized(f"{_EMBEDDING} from row {first} on", table, spec, None).dequantize()
-        config = replace(self.config, vocab_size=len(table))
-        return _Vocabulary(config, table.to(dtype), self._weights.get("norm.weight"))
+    def _rows_of_head(self, member: str, rows: Tensor) -> Tensor:
+        """Rows of the tied embedding as they are computed with. Every format keeps rows apart, so no other is read."""
+        return self._weights[member].rows(embedding(self.config).name, rows).to(self._variants[member].dtype)
 
 
-@dataclass(frozen=True)
-class _Vocabulary:
-    """What `head` asks of weights, of a slice of the vocabulary."""
-
-    config: TextConfig
-    table: Tensor  # [ids, H]
-    norm: Tensor  # [H]
-
-    def layer(self, index: int) -> Mapping[str, Weight]:
-        raise NotImplementedError("a head has no layers")
-
-    def get(self, name: str) -> Weight:
-        return self.table if name == _EMBEDDING else self.norm
-
-    def rows(self, name: str, ids: Tensor) -> Tensor:
-        return self.table[ids]
-
-
-def _quantized(name: str, weight: Tensor, spec: str, hessians: Tensor | None) -> QuantizedTensor:
-    try:
-        return quantizer(spec).quantize(weight, hessians)
-    except QuantizationError as error:
-        raise QuantizationError(f"{name}: {error}") from error
+def _in_dtype(weight: Weight, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)

@@ -3,63 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
+from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import SpecError
 from epic_quant.gemma4.config import LayerSpec, TextConfig
-from epic_quant.gemma4.tensors import TensorClass
-from epic_quant.kv import KVPolicy, LayerPolicy
-from epic_quant.policy import NAMED, Policy
+from epic_quant.gemma4.tensors import TextTensor, expected_tensors
+from epic_quant.gemma4.weights import Weights
+from epic_quant.policy import PolicyWeights, check, spec_of
+from epic_quant.spec import BF16, NAMED, NOISE_FLOOR, REFERENCE, LayerKVSpec, PolicySpec, TensorClass, WeightSpec
 
-REFERENCE = "bf16"
-NOISE_FLOOR = "bf16-compute"
-
-_BF16 = NAMED["bf16"]
+# Equal for two variants that store a tensor alike; None where it is as the checkpoint has it.
+TensorKey = WeightSpec | None
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A policy for the tables and for every layer that `by_layer` gives no other one; and the dtype computed in.
+    """A policy and the dtype computed in. PLE policies change no result, so two that differ in them alone agree."""
 
-    So a single class of a single layer is quantized by `Variant(NAMED["bf16"], {3: Policy("", {MLP: "int4"})})`.
-    Of a layer's policy only its own classes and KV policy count, of the tables' only theirs; PLE policies change no
-    result and never count.
-    """
-
-    policy: Policy
-    by_layer: Mapping[int, Policy] = field(default_factory=dict)
+    policy: PolicySpec
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
-        layers = [f"layer {layer}: {policy}" for layer, policy in sorted(self.by_layer.items())]
-        return "; ".join([str(self.policy), *layers, str(self.dtype).removeprefix("torch.")])
+        return f"{self.policy}; {str(self.dtype).removeprefix('torch.')}"
 
-    def at(self, layer: int) -> Policy:
-        """The policy that holds for a layer."""
-        return self.by_layer.get(layer, self.policy).at(layer)
+    def weights(self, checkpoint: Checkpoint, hessians: Mapping[str, Tensor]) -> Weights:
+        """The weights that it computes with."""
+        return PolicyWeights(checkpoint, self.policy, hessians)
 
-    @property
-    def specs(self) -> set[str]:
-        """The specs of all classes, in any layer."""
-        return {spec for policy in (self.policy, *self.by_layer.values()) for spec in policy.all_specs}
+    def key(self, tensor: TextTensor) -> TensorKey:
+        """How it stores a tensor: variants with equal keys hold the same."""
+        spec = spec_of(self.policy, tensor)
+        return None if spec == BF16 else spec
+
+    def kv(self, layer: LayerSpec) -> LayerKVSpec | None:
+        """How it stores a layer's K and V; None where it has none of its own, or keeps them in the dtype computed in.
+
+        What `bf16` rounds is part of the noise floor instead.
+        """
+        spec = self.policy.kv_of(layer.index).of(layer.layer_type)
+        return None if spec.is_plain or not layer.is_kv_source else spec
 
 
-def with_reference(policies: Mapping[str, Policy | Variant], config: TextConfig) -> dict[str, Variant]:
+def noise_floor() -> Variant:
+    """The checkpoint's own weights, computed in bf16."""
+    return Variant(PolicySpec(NOISE_FLOOR), dtype=torch.bfloat16)
+
+
+def with_reference(policies: Mapping[str, PolicySpec | Variant], config: TextConfig) -> dict[str, Variant]:
     """The policies as variants, after the reference: the checkpoint's own weights in fp32.
 
-    Raises SpecError where the reference's name stands for another policy, and for a layer that is not there.
+    Raises SpecError where the reference's name stands for another policy, and for a policy that does not fit the model.
     """
-    variants = {REFERENCE: Variant(_BF16)}
+    variants = {REFERENCE: Variant(NAMED[REFERENCE])}
     for name, policy in policies.items():
         variant = policy if isinstance(policy, Variant) else Variant(policy)
-        for policy_of in (variant.policy, *variant.by_layer.values()):
-            policy_of.check(config)
-        for layer in variant.by_layer:
-            if not 0 <= layer < config.num_layers:
-                raise SpecError(f"{name}: there is no layer {layer}; expected 0 to {config.num_layers - 1}")
+        try:
+            check(variant.policy, config)
+        except SpecError as error:
+            raise SpecError(f"{name}: {error}") from error
         if name == REFERENCE and signature(variant, config) != signature(variants[REFERENCE], config):
             raise SpecError(f"{REFERENCE!r} is the reference, the checkpoint's own weights; give {policy} another name")
         variants[name] = variant
@@ -70,43 +77,46 @@ class StartKey(NamedTuple):
     """What decides a variant's hidden state before the first layer, and its PLE inputs."""
 
     dtype: torch.dtype
-    specs: tuple[str, ...]  # of the embedding, the PLE table and the PLE model projection
+    tables: tuple[TensorKey, ...]  # the embedding, the PLE table and the PLE model projection
 
 
 class LayerKey(NamedTuple):
     """What decides what a layer does."""
 
-    specs: tuple[tuple[TensorClass, str], ...]  # of the classes that the layer has
-    kv: LayerPolicy | None  # None where it owns no K and V, or keeps them in the dtype computed in
+    weights: tuple[TensorKey, ...]
+    kv: LayerKVSpec | None
 
 
 def start_key(variant: Variant, config: TextConfig) -> StartKey:
     """Variants that agree in it begin alike."""
-    parts = [TensorClass.EMBEDDING]
-    if config.ple_dim:
-        parts += [TensorClass.PLE_TABLE, TensorClass.PLE_MODEL_PROJECTION]
-    return StartKey(variant.dtype, tuple(variant.policy.specs[part] for part in parts))
+    return StartKey(variant.dtype, tuple(variant.key(tensor) for tensor in matrices(config)[None]))
 
 
-def layer_key(variant: Variant, spec: LayerSpec, config: TextConfig) -> LayerKey:
+def layer_key(variant: Variant, layer: LayerSpec, config: TextConfig) -> LayerKey:
     """Variants that agree in it, and were the same before this layer, are the same after it."""
-    policy = variant.at(spec.index)
-    parts = [TensorClass(spec.layer_type), TensorClass.MLP]
-    if config.ple_dim:
-        parts.append(TensorClass.PLE_PROJECTIONS)
-    return LayerKey(tuple((part, policy.specs[part]) for part in parts), _quantized_kv(policy.kv, spec))
+    return LayerKey(tuple(variant.key(tensor) for tensor in matrices(config)[layer.index]), variant.kv(layer))
+
+
+def head_key(variant: Variant, config: TextConfig) -> tuple[torch.dtype, TensorKey]:
+    """Variants that agree in it have the same head: the embedding, to which it is tied."""
+    return variant.dtype, variant.key(embedding(config))
 
 
 def signature(variant: Variant, config: TextConfig) -> tuple[StartKey | LayerKey, ...]:
     """All of its keys, in order: two variants share their states as long as these are the same."""
-    return (start_key(variant, config), *(layer_key(variant, spec, config) for spec in config.layers))
+    return (start_key(variant, config), *(layer_key(variant, layer, config) for layer in config.layers))
 
 
-def _quantized_kv(kv: KVPolicy, spec: LayerSpec) -> LayerPolicy | None:
-    """The layer's KV policy where it quantizes anything. What `bf16` rounds is part of the noise floor instead."""
-    layer = kv.layer(spec)
-    plain = all(isinstance(storage.how, torch.dtype) for storage in (*layer.k, *layer.v))
-    return None if plain or not spec.is_kv_source else layer
+@cache
+def matrices(config: TextConfig) -> Mapping[int | None, tuple[TextTensor, ...]]:
+    """The matrices that are used, by layer; None has those of no layer."""
+    used = [tensor for tensor in expected_tensors(config) if tensor.tensor_class is not None and not tensor.unused]
+    return {key: tuple(tensors) for key, tensors in grouped(used, lambda tensor: tensor.layer).items()}
+
+
+def embedding(config: TextConfig) -> TextTensor:
+    """The embedding, which is the head as well."""
+    return next(tensor for tensor in matrices(config)[None] if tensor.tensor_class is TensorClass.EMBEDDING)
 
 
 _Item = TypeVar("_Item")

@@ -12,20 +12,15 @@ import torch
 from torch import Tensor
 
 from epic_quant.quant.bitpack import BitPacking
-from epic_quant.quant.scheme import Scheme, over_scale
+from epic_quant.quant.grouped import GroupedFormat
+from epic_quant.quant.scales import over_scale
 
 
 @dataclass(frozen=True)
-class Affine(Scheme):
+class Affine(GroupedFormat):
     """value = zero_point + s * code, code in [0, 2^b - 1]; a group's scales are s and the zero point, in that order."""
 
     num_bits: int
-
-    scales_per_group = 2
-
-    @property
-    def num_levels(self) -> int:
-        return 1 << self.num_bits
 
     def fit(self, groups: Tensor) -> Tensor:
         least, largest = torch.aminmax(groups, dim=1, keepdim=True)
@@ -45,4 +40,4 @@ class Affine(Scheme):
         return (1 << self.num_bits) - 1
 
 
-SCHEMES = tuple(Affine(f"affine{bits}", BitPacking(bits), bits) for bits in range(2, 9))
+FORMATS = tuple(Affine(f"affine{bits}", BitPacking(bits), bits) for bits in range(2, 9))

@@ -53,7 +53,7 @@ class BitPacking:
     def pack(self, codes: Tensor) -> Tensor:
         rows, num_codes = codes.shape
         units = _pad_to_multiple(codes, self._unit_codes).view(rows, -1, self._unit_codes)
-        packed = torch.zeros(rows, units.shape[1], self._unit_nbytes, dtype=torch.uint8)
+        packed = torch.zeros(rows, units.shape[1], self._unit_nbytes, dtype=torch.uint8, device=codes.device)
         for code, byte, shift in self._overlaps():
             packed[:, :, byte] |= _shift_left(units[:, :, code], shift)
         return packed.view(rows, -1)[:, : self.row_nbytes(num_codes)].contiguous()
@@ -61,7 +61,7 @@ class BitPacking:
     def unpack(self, packed: Tensor, num_codes: int) -> Tensor:
         rows = packed.shape[0]
         units = _pad_to_multiple(packed, self._unit_nbytes).view(rows, -1, self._unit_nbytes)
-        codes = torch.zeros(rows, units.shape[1], self._unit_codes, dtype=torch.uint8)
+        codes = torch.zeros(rows, units.shape[1], self._unit_codes, dtype=torch.uint8, device=packed.device)
         for code, byte, shift in self._overlaps():
             codes[:, :, code] |= _shift_left(units[:, :, byte], -shift)
         codes &= (1 << self.num_bits) - 1
@@ -103,7 +103,7 @@ class TritPacking:
         return packed
 
     def unpack(self, packed: Tensor, num_codes: int) -> Tensor:
-        trits = _trits_of_bytes().index_select(0, packed.reshape(-1).int())
+        trits = _trits_of_bytes().to(packed.device).index_select(0, packed.reshape(-1).int())
         return trits.view(packed.shape[0], -1)[:, :num_codes]
 
 

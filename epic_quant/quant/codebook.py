@@ -10,32 +10,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from epic_quant.kernels.quantizing import Rule
+from epic_quant.quant.backends import Rule
 from epic_quant.quant.bitpack import BitPacking
-from epic_quant.quant.scheme import Scheme, least_squares_scale, over_scale
+from epic_quant.quant.grouped import GroupedFormat
+from epic_quant.quant.scales import least_squares_scale, over_scale
 
 
 @dataclass(frozen=True)
-class Codebook(Scheme):
+class Codebook(GroupedFormat):
     """value = s * table[code], with 2^num_bits ascending int8 entries and the scale of least squared error."""
 
     num_bits: int
 
-    @property
-    def num_levels(self) -> int:
-        return 1 << self.num_bits
-
-    @property
-    def levels(self) -> list[int]:
-        found: list[int] = self.table.tolist()
-        return found
-
-    @property
+    @functools.cached_property
     def rule(self) -> Rule:
         return Rule(
             self.packing.coding,
-            tuple(self.levels),
-            "entries",
+            tuple(self.table.tolist()),
+            "table",
             gaussian_step=self._gaussian_step,
             peak_level=127,
         )
@@ -45,16 +37,16 @@ class Codebook(Scheme):
         return lloyd_max_levels(1 << self.num_bits)[-1] / 127
 
     def fit(self, groups: Tensor) -> Tensor:
-        values = self.decode(_codes_by_half_steps(self.num_bits), torch.ones(()))
+        values = self.decode(_codes_by_half_steps(self.num_bits), torch.ones(())).to(groups.device)
         return least_squares_scale(
             groups, lambda ratio: _look_up(values, ratio), gaussian_step=self._gaussian_step, peak_level=127
         )
 
     def encode(self, groups: Tensor, scale: Tensor) -> Tensor:
-        return _look_up(_codes_by_half_steps(self.num_bits), over_scale(groups, scale))
+        return _look_up(_codes_by_half_steps(self.num_bits).to(groups.device), over_scale(groups, scale))
 
     def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
-        return self.table.float().index_select(0, codes.reshape(-1).int()).view(codes.shape) * scale
+        return self.table.to(codes.device).float().index_select(0, codes.reshape(-1).int()).view(codes.shape) * scale
 
     @property
     def table(self) -> Tensor:
@@ -119,4 +111,4 @@ def _look_up(by_half_steps: Tensor, ratio: Tensor) -> Tensor:
     return by_half_steps.index_select(0, index.view(-1)).view(index.shape)
 
 
-SCHEMES = tuple(Codebook(f"codebook{bits}", BitPacking(bits), bits) for bits in (2, 3, 4))
+FORMATS = tuple(Codebook(f"codebook{bits}", BitPacking(bits), bits) for bits in (2, 3, 4))

@@ -1,4 +1,4 @@
-"""Turning rows by random signs and an orthonormal block Hadamard transform: y = (x · signs) H, block by block.
+"""Rotating rows by random signs and an orthonormal block Hadamard transform: y = (x · signs) H, block by block.
 
 It spreads outliers over their block, so that what is quantized looks Gaussian. Neither the signs nor the matrix are
 stored: both follow from the row length and the block.
@@ -14,12 +14,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from epic_quant.kernels.quantizing import active
-from epic_quant.kernels.quantizing import turn as native_rotate
+from epic_quant.quant import backends
+from epic_quant.quant.backends import Rotation
 
 # One choice for all weights, so that it needs no byte in any of them.
 _SIGN_SEED = 0x6EA4
-MAX_BLOCK = 4096
 
 
 def block_for(cols: int, block: int) -> int:
@@ -27,18 +26,21 @@ def block_for(cols: int, block: int) -> int:
     return min(block, cols & -cols)
 
 
-def rotate(x: Tensor, block: int) -> Tensor:
-    """[..., cols] float to the same shape and dtype; keeps every norm and inner product."""
-    if _is_native(x):
-        return native_rotate(x, block, signs(x.shape[-1], block), back=False)
-    return _in_fp32(x, lambda x: _transform(x * signs(x.shape[-1], block).to(x.dtype), block))
+def rotate(x: Tensor, block: int, backend: str | None = None) -> Tensor:
+    """[..., cols] float to the same shape and dtype; keeps every norm and inner product. `backend` as in `backends`."""
+    found = backends.rotate(x, rotation(x.shape[-1], block), backend, inverse=False)
+    return _in_fp32(x, lambda x: _transform(x * _signs_like(x, block), block)) if found is None else found
 
 
-def unrotate(x: Tensor, block: int) -> Tensor:
+def unrotate(x: Tensor, block: int, backend: str | None = None) -> Tensor:
     """The inverse of `rotate`, which is its transpose."""
-    if _is_native(x):
-        return native_rotate(x, block, signs(x.shape[-1], block), back=True)
-    return _in_fp32(x, lambda x: _unrotate(x, signs(x.shape[-1], block).to(x.dtype), block))
+    found = backends.rotate(x, rotation(x.shape[-1], block), backend, inverse=True)
+    return _in_fp32(x, lambda x: _unrotate(x, _signs_like(x, block), block)) if found is None else found
+
+
+def rotation(cols: int, block: int) -> Rotation:
+    """What kernels know of the rotation of rows of `cols`."""
+    return Rotation(block, signs(cols, block))
 
 
 @functools.lru_cache(maxsize=64)
@@ -63,10 +65,10 @@ def _transform(x: Tensor, block: int) -> Tensor:
     return x
 
 
-def _is_native(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0 and not x.requires_grad and active()
+def _signs_like(x: Tensor, block: int) -> Tensor:
+    return signs(x.shape[-1], block).to(x)
 
 
-def _in_fp32(x: Tensor, turned: Callable[[Tensor], Tensor]) -> Tensor:
-    """A half's own sums would lose what the turn is to keep."""
-    return turned(x) if x.dtype.itemsize > 2 else turned(x.float()).to(x.dtype)
+def _in_fp32(x: Tensor, transform: Callable[[Tensor], Tensor]) -> Tensor:
+    """In half precision, sums would lose what the rotation is to keep."""
+    return transform(x) if x.dtype.itemsize > 2 else transform(x.float()).to(x.dtype)

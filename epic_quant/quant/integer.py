@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from epic_quant.kernels.quantizing import Rule
+from epic_quant.quant.backends import Rule
 from epic_quant.quant.bitpack import BitPacking
-from epic_quant.quant.scheme import Scheme, least_squares_scale, over_scale
+from epic_quant.quant.grouped import GroupedFormat
+from epic_quant.quant.scales import least_squares_scale, over_scale
 
 
 @dataclass(frozen=True)
-class Integer(Scheme):
+class Integer(GroupedFormat):
     """value = s * code, code in [-2^(b-1), 2^(b-1) - 1], stored as code + 2^(b-1).
 
     The scale may be negative: so the one level more on the negative side falls to the side with the larger weight,
@@ -23,19 +25,11 @@ class Integer(Scheme):
     num_bits: int
     gaussian_step: float
 
-    @property
-    def num_levels(self) -> int:
-        return 1 << self.num_bits
-
-    @property
-    def levels(self) -> range:
-        return range(-self._half, self._half)
-
-    @property
+    @cached_property
     def rule(self) -> Rule:
         return Rule(
             self.packing.coding,
-            tuple(self.levels),
+            tuple(range(-self._half, self._half)),
             gaussian_step=self.gaussian_step,
             peak_level=self._half,
             either_sign=True,
@@ -64,4 +58,4 @@ class Integer(Scheme):
 # The best step of a uniform quantizer with 2^b levels for a unit Gaussian: Max (1960), table II, continued to 8 bits.
 _GAUSSIAN_STEPS = {2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.0308}
 
-SCHEMES = tuple(Integer(f"int{bits}", BitPacking(bits), bits, step) for bits, step in _GAUSSIAN_STEPS.items())
+FORMATS = tuple(Integer(f"int{bits}", BitPacking(bits), bits, step) for bits, step in _GAUSSIAN_STEPS.items())

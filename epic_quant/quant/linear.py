@@ -6,10 +6,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from epic_quant.errors import QuantizationError, SpecError, unknown
-from epic_quant.kernels import ACTIVATIONS
-from epic_quant.quant.base import QuantizedTensor
-
-Weight = Tensor | QuantizedTensor
+from epic_quant.quant.backends import ACTIVATIONS
+from epic_quant.quant.stored import Weight
 
 
 def linear(x: Tensor, weight: Weight, activations: str = "fp32") -> Tensor:

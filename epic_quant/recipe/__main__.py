@@ -5,15 +5,20 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from epic_quant import command_line
-from epic_quant.recipe.assignment import Recipe, within_bits, within_resident
+from epic_quant.errors import RecipeError
+from epic_quant.files import atomic
+from epic_quant.recipe.assignment import BY, Recipe
+from epic_quant.recipe.inputs import problem_of
 from epic_quant.recipe.llama_cpp import BITS, nearest_type, tensor_type_arguments
+from epic_quant.results.predictions import measured_line, predicted_lines, prices_of
+from epic_quant.results.prices import Prediction, Prices
 from epic_quant.results.reading import read_run
 from epic_quant.results.run import Run
-from epic_quant.results.sensitivities import KV_CACHE, UNQUANTIZED, class_specs
+from epic_quant.spec import BF16, Target
 from epic_quant.units import parse_nbytes
 
 
@@ -21,78 +26,78 @@ from epic_quant.units import parse_nbytes
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the recipe; 0, or 2 with one line on stderr where none can be made."""
     options = _parser().parse_args(arguments)
-    by_layer = options.by == "layer"
     run = read_run(options.json)
+    prices = prices_of(run, options.json)
+    problem = problem_of(run, prices, options.by, options.keep)
     if options.budget is not None:
-        recipe = within_resident(run, options.budget, by_layer, options.keep)
+        recipe = problem.within_resident(options.budget)
     else:
-        recipe = within_bits(run, options.bits, by_layer, options.keep)
-    lines = list(_policy(run, recipe) if options.format == "policy" else _llama_cpp(run, recipe))
+        recipe = problem.within_bits(options.bits)
+    prediction = prices.predict(recipe.policy)
+    if options.format == "policy":
+        said = [str(recipe.policy)]
+        lines = [*_description(recipe, prediction), _measured(run, recipe, prediction, options.out)]
+    else:
+        types = _types(prices, recipe)
+        said = [f"--tensor-type {shlex.quote(argument)}" for argument in tensor_type_arguments(types)]
+        lines = [f"# {line}" for line in (*_description(recipe, prediction), *_llama_cpp_notes(prices, recipe, types))]
+    if options.out is None:
+        lines = [*said, "", *lines]
+    else:
+        _write(said, options.out)
     print("\n".join(lines))
     return 0
 
 
-def _policy(run: Run, recipe: Recipe) -> Iterator[str]:
-    """The policy string, and below it what it is predicted and measured to do."""
-    yield recipe.policy
-    yield ""
-    yield from _told(recipe)
-    measured = _measured(run, recipe.policy)
-    if measured is None:
-        yield f"measured divergence: none in this JSON; to measure it: {_measuring_command(run, recipe.policy)}"
-        return
-    kl, error = measured
-    ratio = f", {kl / recipe.predicted:.3g} times the predicted" if recipe.predicted > 0 else ""
-    beside = "" if error is None else f" ± {error:.2g}"
-    yield f"measured divergence:  {kl:.4g}{beside} nats a token, on the evaluation text{ratio}"
+def _write(lines: Iterable[str], path: Path) -> None:
+    try:
+        with atomic(path) as unfinished:
+            unfinished.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def _llama_cpp(run: Run, recipe: Recipe) -> Iterator[str]:
-    """Arguments, one a line, and below them what becomes of the recipe."""
-    types = {
-        (unit.tensor_class, unit.layer): nearest_type(choice.spec, 8 * choice.nbytes / unit.weights)
-        for unit, choice in recipe.parts
-        if unit.weights
-    }
-    for argument in tensor_type_arguments(types, run.facts.get("layer_types")):
-        yield f"--tensor-type {shlex.quote(argument)}"
-    yield ""
-    weights = {(unit.tensor_class, unit.layer): unit.weights for unit, _ in recipe.parts if unit.weights}
-    nbits = sum(BITS[types[key]] * number for key, number in weights.items())
-    yield (
-        f"# {nbits / sum(weights.values()):.4g} bits a weight with these types, {recipe.bits_per_weight:.4g} with the "
-        "recipe's own; the predicted divergence is that of the recipe's own"
-    )
-    yield from (f"# {line}" for line in _told(recipe))
-    yield "# the last arguments of llama-quantize name a type for all else, which here is nothing: such as q8_0"
-    yield "# per_layer_model_proj: llama-quantize never quantizes it"
-    for unit, choice in recipe.parts:
-        if unit.tensor_class == KV_CACHE and choice.spec != UNQUANTIZED:
-            yield f"# KV cache {choice.spec}: no tensor of the file; see --cache-type-k and --cache-type-v at run time"
-
-
-def _told(recipe: Recipe) -> Iterator[str]:
-    yield f"predicted divergence: {recipe.predicted:.4g} nats a token, the sum of what each class does alone"
-    if recipe.resident_nbytes is not None:
-        yield f"resident: {recipe.resident_nbytes:,} bytes, all weights, PLE rows, norms and KV cache"
+def _description(recipe: Recipe, prediction: Prediction) -> Iterator[str]:
+    yield recipe.policy.name
+    yield from predicted_lines(prediction)
+    yield f"resident: {recipe.resident_nbytes:,} bytes, all weights, PLE rows, norms and KV cache"
     yield f"weights: {recipe.nbytes:,} bytes, {recipe.bits_per_weight:.4g} bits a weight"
 
 
-def _measured(run: Run, policy: str) -> tuple[float, float | None] | None:
-    """Divergence on the evaluation text and its standard error, of a policy of the run that stores the same."""
-    for name in run.labels("quality", "policy"):
-        if class_specs(run.policy_string(name)) == class_specs(policy):
-            kl = run.value("quality", "kl_divergence", policy=name)
-            if kl is not None:
-                return kl, run.value("quality", "kl_se", policy=name)
-    return None
-
-
-def _measuring_command(run: Run, policy: str) -> str:
+def _measured(run: Run, recipe: Recipe, prediction: Prediction, out: Path | None) -> str:
+    """What was measured, or the command that measures it."""
+    if line := measured_line(run, recipe.policy, prediction):
+        return line
     checkpoint = run.facts["checkpoint"]
     chosen = ["--checkpoint", checkpoint["source"]] if checkpoint["kind"] == "user" else []
-    words = ["pytest", "benchmarks/test_quality.py", *chosen]
-    return shlex.join([*words, "--policy", policy, "--benchmark-json", "recipe.json"])
+    file = out or Path("recipe.policy")
+    words = ["pytest", "benchmarks/test_quality.py", *chosen, "--policy", f"@{file}", "--benchmark-json", "recipe.json"]
+    write = "" if out else f"write it with --out {file}, then "
+    return f"measured divergence:  none in this JSON; to measure it: {write}{shlex.join(words)}"
+
+
+def _types(prices: Prices, recipe: Recipe) -> dict[Target, str]:
+    """The nearest of llama.cpp's types for every tensor, those that were kept in bf16 among them."""
+    types = {}
+    for priced in prices.tensors:
+        assert priced.target is not None
+        spec = recipe.policy.spec_of(priced.target)
+        nbytes = priced.whole_nbytes if spec == BF16 else priced.nbytes[priced.index(str(spec))]
+        types[priced.target] = nearest_type(spec, 8 * nbytes / priced.numel)
+    return types
+
+
+def _llama_cpp_notes(prices: Prices, recipe: Recipe, types: dict[Target, str]) -> Iterator[str]:
+    nbits = sum(BITS[types[priced.target]] * priced.numel for priced in prices.tensors if priced.target)
+    own = 8 * prices.nbytes(recipe.policy)
+    yield (
+        f"{nbits / prices.numel:.4g} bits a weight with these types, {own / prices.numel:.4g} with the recipe's own, "
+        "over all matrices; the predicted divergence is that of the recipe's own"
+    )
+    yield "the last arguments of llama-quantize name a type for all else, which here is nothing: such as q8_0"
+    yield "per_layer_model_proj: llama-quantize never quantizes it"
+    if not recipe.policy.kv.is_plain:
+        yield f"KV cache {recipe.policy.kv}: no tensor of the file; see --cache-type-k and --cache-type-v at run time"
 
 
 def _nbytes(text: str) -> int:
@@ -111,10 +116,11 @@ def _bits(text: str) -> float:
 def _parser() -> argparse.ArgumentParser:
     parser = command_line.parser(
         "recipe",
-        "Find the specs of least predicted divergence within a budget, from a run's sensitivities.",
+        "Find the specs of least predicted divergence within a budget, from a run's prices.",
         [
             "pytest benchmarks/test_quality.py --benchmark-json out.json",
             "python -m epic_quant.recipe out.json --budget 3.5GB",
+            "python -m epic_quant.recipe out.json --budget 3.5GB --out recipe.policy   (for --policy @recipe.policy)",
             "python -m epic_quant.recipe out.json --bits 4.2 --format llama.cpp",
         ],
         "0; 2 where no recipe can be made.",
@@ -131,9 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--by",
-        choices=("class", "layer"),
-        default="class",
-        help="one spec for each class, or for each layer of it (needs a run with --by-layer)",
+        choices=BY,
+        default="tensor",
+        help="one spec for each tensor, class in a layer, kind of tensor (all down_proj) or class (default: tensor)",
     )
     parser.add_argument(
         "--keep",
@@ -142,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="CLASS",
         help="leave this class, or the kv_cache, in bf16 (repeatable)",
     )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the policy, or the arguments, to this file")
     return parser
 
 

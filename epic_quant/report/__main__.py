@@ -58,7 +58,7 @@ def _formats(text: str) -> list[str]:
     names = list(dict.fromkeys(text.split(",")))
     for name in names:
         if name not in writing.FILE_NAMES:
-            raise argparse.ArgumentTypeError(f"{name!r} is no format; known: {', '.join(writing.FILE_NAMES)}")
+            raise argparse.ArgumentTypeError(f"{name!r} is not a format; known: {', '.join(writing.FILE_NAMES)}")
     return names
 
 

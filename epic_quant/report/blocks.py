@@ -5,7 +5,7 @@ Texts are plain, but for `code` between backticks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,29 @@ class Figure:
     svg: str
 
 
-Block = Heading | Paragraph | Bullets | Findings | Table | Figure
+@dataclass(frozen=True)
+class Slider:
+    """Rows of which the page shows one at a time, chosen by a slider; elsewhere, and in print, there are `few` of them.
+
+    The table's first column is what the slider goes over, rising, the second what is looked for there, and the others
+    are drawn as bars on one scale from zero. `texts` has for each row a long text to be copied, `copied` says of what.
+    """
+
+    label: str
+    table: Table
+    texts: tuple[str, ...]
+    copied: str
+    most: int = 10
+
+    @property
+    def few(self) -> Table:
+        """At most `most` rows, the first and the last among them, at equal distances."""
+        last = len(self.table.rows) - 1
+        chosen = dict.fromkeys(round(last * i / (self.most - 1)) for i in range(self.most)) if last > 0 else (0,)
+        return replace(self.table, rows=tuple(self.table.rows[index] for index in chosen))
+
+
+Block = Heading | Paragraph | Bullets | Findings | Table | Figure | Slider
 
 
 def code(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from epic_quant.records import Metric
 
@@ -31,9 +32,19 @@ def megabytes(nbytes: float | None) -> str:
     return f"{nbytes / 1e6:,.1f}"
 
 
-def milliseconds(seconds: float | None) -> str:
-    """Seconds in ms, three digits."""
-    return significant(None if seconds is None else seconds * 1e3)
+def scaled(factor: float, digits: int = 3) -> Callable[[float | None], str]:
+    """What writes a value times a factor, such as seconds as µs."""
+    return lambda value: significant(None if value is None else value * factor, digits)
+
+
+milliseconds = scaled(1e3)
+
+
+def with_error(value: float | None, error: float | None, digits: int = 3) -> str:
+    """A value and its standard error, where that is known."""
+    if value is None or error is None:
+        return significant(value, digits)
+    return f"{significant(value, digits)} ± {significant(error, 2)}"
 
 
 def with_unit(metric: Metric, value: float | None, digits: int = 3) -> str:
@@ -55,10 +66,15 @@ def quotient(value: float | None, reference: float | None) -> float | None:
     return None if value is None or not reference else value / reference
 
 
+def ratio(value: float | None) -> str:
+    """How many times something a value is, such as 1.23×."""
+    text = significant(value)
+    return text if text == MISSING else f"{text}×"
+
+
 def times(value: float | None, reference: float | None) -> str:
-    """How many times the reference a value is, such as 1.23×."""
-    ratio = significant(quotient(value, reference))
-    return ratio if ratio == MISSING else f"{ratio}×"
+    """How many times the reference a value is."""
+    return ratio(quotient(value, reference))
 
 
 def percent(value: float | None, reference: float | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from epic_quant.errors import ReportError
-from epic_quant.report.blocks import Block, Figure, Heading
+from epic_quant.report.blocks import Block, Figure, Heading, Slider
 from epic_quant.report.formatting import MISSING
 from epic_quant.report.palette import DARK, LIGHT
 from epic_quant.report.svg import inlined
@@ -95,11 +96,15 @@ def _environment() -> Environment:
             marked = marked.replace(sign, Markup('<span class="{}">{}</span>').format(kind, sign))
         return Markup('<span class="none">—</span>') if text == MISSING else marked
 
+    def data(slider: Slider) -> Markup:
+        return Markup(_data(slider))
+
     environment = Environment(
         loader=FunctionLoader(_read), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"rich": rich, "cell": cell, "verbatim": Markup, "kind": lambda block: type(block).__name__}
     environment.filters |= {"drawn": lambda figure: Markup(_drawn(figure)), "figure_id": _figure_id}
+    environment.filters |= {"data": data, "slug": _slug}
     return environment
 
 
@@ -109,6 +114,13 @@ def _figure_id(figure: Figure) -> str:
 
 def _drawn(figure: Figure) -> str:
     return inlined(figure.svg, f"{_figure_id(figure)}-", _figure_id(figure))
+
+
+def _data(slider: Slider) -> str:
+    """What the page's script reads of a slider, as JSON that no text in it can end the element of."""
+    table = slider.table
+    found = json.dumps({"columns": table.columns, "rows": table.rows, "texts": slider.texts}, separators=(",", ":"))
+    return found.replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e")
 
 
 def _style() -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from tabulate import tabulate
 
-from epic_quant.report.blocks import Block, Bullets, Figure, Findings, Heading, Paragraph, Table
+from epic_quant.report.blocks import Block, Bullets, Figure, Findings, Heading, Paragraph, Slider, Table
 
 
 def render(blocks: Iterable[Block]) -> str:
@@ -25,6 +25,8 @@ def _block(block: Block) -> str:
             return "\n".join(f"- {_escape(item)}" for item in items)
         case Table():
             return _table(block)
+        case Slider():
+            return _table(block.few)
         case Figure(file_name, alt, _):
             return f"![{_escape(alt)}]({file_name})"
 

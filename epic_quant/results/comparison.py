@@ -35,7 +35,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Ablation:
+class Change:
     """One metric of one thing, before and now; None where it could not be measured."""
 
     subject: str
@@ -81,7 +81,7 @@ class Comparison:
     """`changes` of all that both runs measured, things that one of them has alone, and whether times are among them."""
 
     differences: tuple[Difference, ...]
-    changes: tuple[Ablation, ...]
+    changes: tuple[Change, ...]
     only_before: tuple[Measured, ...]
     only_now: tuple[Measured, ...]
     with_times: bool
@@ -134,11 +134,11 @@ def _median(records: list[Record]) -> Measured:
     return Measured(records[0].subject, records[0].labels, metrics)
 
 
-def _changes(before: Measured, now: Measured) -> Iterator[Ablation]:
+def _changes(before: Measured, now: Measured) -> Iterator[Change]:
     for name in dict.fromkeys([*now.metrics, *before.metrics]):
         old, new = before.metrics.get(name), now.metrics.get(name)
         if old is not None or new is not None:
-            yield Ablation(now.subject, now.labels, METRICS[name], old, new)
+            yield Change(now.subject, now.labels, METRICS[name], old, new)
 
 
 def _differences(now: Mapping[str, Any], before: Mapping[str, Any]) -> Iterator[Difference]:

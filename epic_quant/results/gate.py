@@ -55,13 +55,18 @@ class Condition:
         """
         found = _CONDITION.fullmatch(text.strip())
         if found is None:
-            raise GateError(f"{text!r} is no condition METRIC[label=value,…]:LIMIT, such as {_EXAMPLES}")
+            raise GateError(f"{text!r} is not a condition METRIC[label=value,…]:LIMIT, such as {_EXAMPLES}")
         name = found["metric"].strip()
         if name not in METRICS:
             raise GateError(unknown("metric", name, METRICS))
         metric = METRICS[name]
         where = {} if found["where"] is None else _where(text, found["where"])
         return cls(text.strip(), metric, where, *_limit(text, metric, found["limit"].strip()))
+
+    @property
+    def limit_text(self) -> str:
+        """The limit as it was written."""
+        return self.text.rpartition(":")[2]
 
     def selects(self, one: Measured) -> bool:
         """Whether the condition is on this."""
@@ -83,11 +88,21 @@ class Judgement:
     limit: float | None
 
     @property
+    def relative_change(self) -> float | None:
+        """The change as a part of the older value's magnitude; None where that is 0 or one of the two is missing."""
+        return None if self.value is None or not self.before else (self.value - self.before) / abs(self.before)
+
+    @property
     def fails(self) -> bool:
         """Also where there is nothing to judge, or nothing to judge it by."""
         if self.value is None or self.limit is None or math.isnan(self.value):
             return True
         return self.value > self.limit if self.condition.metric.better == "lower" else self.value < self.limit
+
+
+def labels_text(labels: Mapping[str, str]) -> str:
+    """Labels as a condition selects by them: a value with a comma stands in double quotes."""
+    return ",".join(f'{name}="{value}"' if "," in value else f"{name}={value}" for name, value in labels.items())
 
 
 def judge(
@@ -164,7 +179,7 @@ def _where(text: str, where: str) -> dict[str, str]:
     while position < len(where):
         part = _PART.match(where, position)
         if part is None:
-            raise GateError(f"{text}: {where[position:]!r} is no label=value")
+            raise GateError(f"{text}: {where[position:]!r} is not label=value")
         label = _ALIASES.get(part["label"], part["label"])
         if label in found:
             raise GateError(f"{text}: names {part['label']} twice")
@@ -188,7 +203,7 @@ def _limit(text: str, metric: Metric, limit: str) -> tuple[float, bool]:
         value = math.nan
     if not math.isfinite(value):
         units = {"B": "3.5GB, ", "s": "2ms, "}.get(metric.unit, "0.05, ")
-        raise GateError(f"{text}: {limit!r} is no limit, such as {units}+5% or -2%")
+        raise GateError(f"{text}: {limit!r} is not a limit, such as {units}+5% or -2%")
     return value, False
 
 

@@ -10,25 +10,25 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from epic_quant.errors import ReportError
+from epic_quant.errors import ReportError, SpecError
 from epic_quant.records import JSON_KEY, SCHEMA_VERSION, Record
+from epic_quant.records.subjects import SUBJECTS
 from epic_quant.results.partial import SUFFIX, partial_path, read_partial
 from epic_quant.results.run import Run
 
 HOW_TO_MAKE_ONE = "make one with: pytest benchmarks --benchmark-json out.json"
 
-# What is read of the facts and of a record's details, where it is there.
-_NUMBERS = ("read_bandwidth_gbs", "nbytes", "unused_nbytes")
+# What is read of the facts, where it is there.
+_NUMBERS = ("read_bandwidth_gbs", "context", "nbytes")
 _NAMES = ("policies", "layer_types", "missing", "failed")
 _MAPPINGS = ("versions", "policy_strings")
-_NUMBERS_BY_NAME = ("parts", "published", "tensors")
 
 
 def read_run(path: Path) -> Run:
     """The run that a JSON file holds, or a partial file: see `data_path`.
 
-    Raises ReportError on a file that cannot be read, is no JSON or cut off, is not pytest-benchmark's, holds no records
-    of epic_quant, is of a newer schema, or holds a record that is damaged.
+    Raises ReportError on a file that cannot be read, is no JSON or cut off, is not pytest-benchmark's, has no records
+    of epic_quant, is of another schema, or has a damaged record.
     """
     source = data_path(path)
     return parse_run(read_partial(source) if _is_partial(source) else _json(source), str(source))
@@ -61,7 +61,12 @@ def parse_run(data: Any, name: str) -> Run:
     if not isinstance(facts, dict) or not entries:
         raise ReportError(f"{name}: holds no records of epic_quant; {HOW_TO_MAKE_ONE}")
     _check_facts(name, facts)
-    return Run({**_measured(data), **facts}, tuple(_record(name, entry) for entry in entries))
+    run = Run({**_measured(data), **facts}, tuple(_record(name, entry) for entry in entries))
+    try:
+        _ = run.policies
+    except (SpecError, TypeError) as error:
+        raise ReportError(f"{name}: damaged run facts: {error}") from error
+    return run
 
 
 def _is_partial(path: Path) -> bool:
@@ -102,6 +107,8 @@ def _check_facts(name: str, facts: Mapping[str, Any]) -> None:
         raise ReportError(
             f"{name}: has schema version {version}, newer than {SCHEMA_VERSION}, the newest that this epic_quant reads"
         )
+    if version < SCHEMA_VERSION:
+        raise ReportError(f"{name}: made by an older epic_quant (schema version {version}); measure again")
     checkpoint = facts.get("checkpoint")
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(key), str) for key in ("source", "kind")):
         raise ReportError(f"{name}: does not say whose weights were measured ('checkpoint' with 'source' and 'kind')")
@@ -121,10 +128,12 @@ def _record(name: str, entry: Mapping[str, Any]) -> Record:
     try:
         record = Record.from_json(entry["extra_info"][JSON_KEY])
         _check_types(record)
+        if record.subject in SUBJECTS:
+            SUBJECTS[record.subject].from_record(record)
         stats = entry.get("stats")
         if isinstance(stats, dict) and _is_number(stats.get("median")):
             record = replace(record, metrics={**record.metrics, "time_s": stats["median"]})
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, SpecError) as error:
         raise ReportError(f"{name}: benchmark {entry.get('name')!r} holds a damaged record: {error!r}") from error
     # NaN is what could not be measured too.
     metrics = {
@@ -140,9 +149,6 @@ def _check_types(record: Record) -> None:
         # JSON can hold half a surrogate pair, which no file can.
         text.encode()
     _check_numbers("metrics", record.metrics)
-    _check_numbers("details", {name: record.details.get(name) for name in _NUMBERS})
-    for name in _NUMBERS_BY_NAME:
-        _check_numbers(name, record.details.get(name, {}))
 
 
 def _check_numbers(name: str, numbers: Any) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
-from epic_quant.records import Record
+from epic_quant.records import Record, SubjectRecord
+from epic_quant.spec import PolicySpec
+
+R = TypeVar("R", bound=SubjectRecord)
 
 
 @dataclass(frozen=True)
@@ -17,29 +20,45 @@ class Run:
     facts: Mapping[str, Any]
     records: tuple[Record, ...]
 
-    def select(self, subject: str, /, **labels: str) -> list[Record]:
-        """The subject's records that bear all these labels."""
-        return [
-            record for record in self.records if record.subject == subject and labels.items() <= record.labels.items()
-        ]
+    def of(self, kind: type[R], **labels: object) -> list[R]:
+        """The subject's records whose fields have these values; policies in the run's order, all else as measured.
 
-    def labels(self, subject: str, label: str, /, **labels: str) -> list[str]:
-        """The distinct values of a label among those records: policies in the run's order, others as they came."""
-        found = dict.fromkeys(record.labels[label] for record in self.select(subject, **labels))
-        if label != "policy":
-            return list(found)
-        first = [name for name in self.facts.get("policies") or () if name in found]
-        return list(dict.fromkeys([*first, *found]))
+        Where several have the same labels, one has the median of each metric. Raises TypeError, ValueError or SpecError
+        on a damaged record, which a run that was read does not hold.
+        """
+        if kind not in self._by_kind:
+            self._by_kind[kind] = self._read(kind)
+        found: list[R] = self._by_kind[kind]
+        return [one for one in found if all(getattr(one, name) == value for name, value in labels.items())]
 
-    def policy_string(self, name: str) -> str:
-        """What a policy of this run stores: as its records say, or the run's facts; else its name."""
-        for record in self.select("quality", policy=name):
-            if "policy" in record.details:
-                return str(record.details["policy"])
-        return str((self.facts.get("policy_strings") or {}).get(name, name))
+    def one(self, kind: type[R], **labels: object) -> R | None:
+        """The first of them; None where there is none."""
+        return next(iter(self.of(kind, **labels)), None)
 
-    def value(self, subject: str, metric: str, /, **labels: str) -> float | None:
-        """The metric of those records, their median where several measured the same; None where none did."""
-        values = [record.metrics.get(metric) for record in self.select(subject, **labels)]
-        present = [value for value in values if value is not None]
-        return statistics.median(present) if present else None
+    def value(self, kind: type[SubjectRecord], field: str, **labels: object) -> Any:
+        """A field of the first of them; None where there is none."""
+        return getattr(self.one(kind, **labels), field, None)
+
+    @cached_property
+    def policies(self) -> Mapping[str, PolicySpec]:
+        """What the policies of the run store, by name. Raises SpecError on a damaged one."""
+        strings = self.facts.get("policy_strings") or {}
+        return {name: PolicySpec.parse(text).renamed(name) for name, text in strings.items()}
+
+    @cached_property
+    def _by_kind(self) -> dict[type[SubjectRecord], list[Any]]:
+        return {}
+
+    def _read(self, kind: type[R]) -> list[R]:
+        alike: dict[frozenset[tuple[str, str]], list[R]] = {}
+        for record in self.records:
+            if record.subject == kind.subject:
+                alike.setdefault(frozenset(record.labels.items()), []).append(kind.from_record(record))
+        order = {name: place for place, name in enumerate(self.facts.get("policies") or ())}
+        found = [kind.median(records) for records in alike.values()]
+        return sorted(found, key=lambda one: order.get(getattr(one, "policy", ""), len(order)))
+
+
+def distinct(values: Any) -> list[Any]:
+    """The values in the order in which they first came."""
+    return list(dict.fromkeys(values))

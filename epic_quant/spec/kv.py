@@ -208,6 +208,10 @@ class KVSpec:
         said += [f"sinks={full.attention_sinks}"]
         return "/".join(part for part in said if not part.endswith("=0"))
 
+    def of(self, layer_type: str) -> LayerKVSpec:
+        """How layers of a type (`full_attention`, `sliding_attention`) store K and V."""
+        return self.full if layer_type.startswith("full") else self.sliding
+
     @property
     def is_plain(self) -> bool:
         """Whether nothing is quantized."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from epic_quant.errors import SpecError, unknown
@@ -78,6 +78,15 @@ class WeightSpec:
     def fits(self, num_cols: int) -> bool:
         """Whether rows of `num_cols` weights fall into whole groups."""
         return num_cols % self.group_of(num_cols) == 0
+
+    def with_dividing_group(self, num_cols: Iterable[int]) -> WeightSpec | None:
+        """Itself with the group halved until it divides rows of all these lengths; None where it never does."""
+        rows, spec = tuple(num_cols), self
+        while not all(map(spec.fits, rows)):
+            if spec.group_size is None or spec.group_size % 2:
+                return None
+            spec = replace(spec, group_size=spec.group_size // 2)
+        return spec
 
 
 BF16 = WeightSpec("bf16")

@@ -11,7 +11,8 @@ from epic_quant.errors import ConfigError, TokenError
 from epic_quant.gemma4.model import TextModel, attention_masks, begin, head
 from epic_quant.gemma4.weights import CheckpointWeights
 from epic_quant.metrics import relative_l2
-from epic_quant.quant import QuantizedTensor, quantizer
+from epic_quant.quant import quantize
+from epic_quant.spec import WeightSpec
 
 TOYS = ["e4b", "e2b", "no_ple", "no_sharing", "other_rope"]
 
@@ -97,43 +98,42 @@ class PlainCache:
 
     def __init__(self, config, windowed: bool) -> None:
         self._kept = {spec.index: spec.attention.sliding_window for spec in config.layers} if windowed else {}
-        self._k, self._v = {}, {}
+        self.stored: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def append(self, layer, k, v):
-        assert k.dim() == 3
-        for store, new in ((self._k, k), (self._v, v)):
-            whole = torch.cat([store[layer], new], dim=1) if layer in store else new
-            store[layer] = whole[:, -(self._kept.get(layer) or whole.shape[1]) :]
+    def update(self, layer, k, v):
+        pairs = (
+            zip(self.stored[layer], (k, v), strict=True)
+            if layer in self.stored
+            else ((x[..., :0, :], x) for x in (k, v))
+        )
+        whole = [torch.cat(pair, dim=-2) for pair in pairs]
+        kept = self._kept.get(layer)
+        self.stored[layer] = tuple(x if kept is None else x[..., -kept:, :] for x in whole)
+        return whole[0], whole[1]
 
-    def keys(self, layer):
-        return self._k[layer]
 
-    def values(self, layer):
-        return self._v[layer]
-
-
-LOTS = {
+CHUNKS = {
     "at once": [17],
     "one by one": [1] * 17,
     "prefill, then decode": [9] + [1] * 8,
-    "in lots": [4, 5, 1, 7],
+    "in chunks": [4, 5, 1, 7],
     # Here queries attend in several blocks.
     "long at once": [300],
     "long prefill, then decode": [298, 1, 1],
-    "long in lots": [70, 5, 1, 200, 24],
+    "long in chunks": [70, 5, 1, 200, 24],
 }
 
 
 @pytest.mark.parametrize("windowed", [True, False], ids=["windowed", "all kept"])
-@pytest.mark.parametrize("lots", LOTS.values(), ids=LOTS)
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
 @pytest.mark.parametrize("weights", ["e4b", "e2b", "no_sharing"], indirect=True)
-def test_a_lossless_cache_changes_nothing(weights, long_token_ids, lots, windowed):
+def test_a_lossless_cache_changes_nothing(weights, long_token_ids, chunks, windowed):
     """However the tokens come, nearly three windows of them or many more, logits are those of one forward."""
-    model, ids = TextModel(weights), long_token_ids[:, : sum(lots)]
+    model, ids = TextModel(weights), long_token_ids[:, : sum(chunks)]
     cache, parts, start = PlainCache(model.config, windowed), [], 0
-    for lot in ids.split(lots, dim=1):
-        parts.append(model.logits(lot, cache, start))
-        start += lot.shape[1]
+    for chunk in ids.split(chunks, dim=1):
+        parts.append(model.logits(chunk, cache, start))
+        start += chunk.shape[1]
     assert relative_l2(torch.cat(parts, dim=1), model.logits(ids)) <= 1e-5
 
 
@@ -141,7 +141,13 @@ def test_a_lossless_cache_changes_nothing(weights, long_token_ids, lots, windowe
 def test_attention_sees_what_the_cache_gives_back(weights, token_ids, tokens):
     """With every value lost the attention of all layers adds nothing, sharing layers included."""
     cache = PlainCache(weights.config, windowed=True)
-    cache.values = lambda layer: torch.zeros_like(cache.keys(layer))
+    update = cache.update
+
+    def without_values(layer, k, v):
+        keys, values = update(layer, k, v)
+        return keys, torch.zeros_like(values)
+
+    cache.update = without_values
     ids = token_ids[:1, :tokens]
     hidden, forward = begin(weights, ids, cache=cache)
     expected, plain = begin(weights, ids)
@@ -153,11 +159,11 @@ def test_attention_sees_what_the_cache_gives_back(weights, token_ids, tokens):
     assert torch.equal(hidden, expected)
 
 
-def test_only_owners_reach_the_cache(weights, token_ids):
+def test_only_kv_source_layers_reach_the_cache(weights, token_ids):
     """Sharing layers store nothing."""
     cache = PlainCache(weights.config, windowed=True)
     TextModel(weights).logits(token_ids[:1], cache)
-    assert sorted(cache._k) == [spec.index for spec in weights.config.layers if spec.is_kv_source]
+    assert sorted(cache.stored) == [spec.index for spec in weights.config.layers if spec.is_kv_source]
 
 
 @pytest.mark.parametrize("start", [0, 8, 10])
@@ -169,10 +175,14 @@ def test_a_start_that_is_not_the_caches_is_named(weights, token_ids, start):
         model.logits(token_ids[:1, 9:10], cache, start)
 
 
-def test_a_cache_takes_one_sequence(weights, token_ids):
-    """A batch would mix sequences."""
-    with pytest.raises(TokenError, match="one sequence, but the batch has 2"):
-        TextModel(weights).logits(token_ids, PlainCache(weights.config, windowed=True))
+def test_a_batch_with_a_cache_is_its_sequences_with_one_each(weights, token_ids):
+    model = TextModel(weights)
+    cache, alone = PlainCache(weights.config, windowed=True), []
+    together = [model.logits(token_ids[:, :9], cache), model.logits(token_ids[:, 9:], cache, 9)]
+    for one in token_ids.split(1):
+        cache = PlainCache(weights.config, windowed=True)
+        alone.append(torch.cat([model.logits(one[:, :9], cache), model.logits(one[:, 9:], cache, 9)], dim=1))
+    assert relative_l2(torch.cat(together, dim=1), torch.cat(alone)) <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -219,8 +229,7 @@ class QuantizedWeights:
     def _changed(self, weight):
         if weight.dim() != 2:
             return weight
-        quantized = quantizer("int8").quantize(weight)
-        assert isinstance(quantized, QuantizedTensor)
+        quantized = quantize(weight, WeightSpec("int8"))
         return quantized.dequantize(torch.float32) if self._decoded else quantized
 
     def layer(self, index):

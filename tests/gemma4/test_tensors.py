@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import CheckpointError, ConfigError
 from epic_quant.gemma4.config import TextConfig
-from epic_quant.gemma4.tensors import TensorClass, expected_tensors, text_tensors
+from epic_quant.gemma4.tensors import expected_tensors, text_tensors
+from epic_quant.spec import TensorClass
 
 
 @pytest.fixture

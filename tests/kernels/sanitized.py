@@ -1,16 +1,12 @@
-"""Products with packed weights in a sanitized build, by NumPy alone: python sanitized.py PATH_OF_NATIVE_MODULE.
+"""Products with stored matrices in a sanitized build, by NumPy alone: python sanitized.py PATH_OF_NATIVE_MODULE.
 
-Every buffer is exactly as long as it must be, so that a read or write beyond it is seen. What codes stand for is
-worked out here anew, from the bits.
+What codes stand for is worked out here anew, from the bits.
 """
 
-import importlib.util
-import sys
-
 import numpy as np
-from exact import Exact
+from exact import Exact, bits_of, hadamard, row_nbytes, run
 
-CODINGS = {"bits2": 2, "bits3": 3, "bits4": 4, "bits8": 8, "trits": 5}
+CODINGS = ("bits2", "bits3", "bits4", "bits8", "trits")
 THREADS = (1, 2, 5)
 
 
@@ -19,51 +15,46 @@ def codes_of(packed, coding, cols):
     if coding == "trits":
         digits = packed[:, :, None] // 3 ** np.arange(5) % 3
         return digits.reshape(len(packed), -1)[:, :cols]
-    num_bits = CODINGS[coding]
+    num_bits = bits_of(coding)
     bits = np.unpackbits(packed, axis=1, bitorder="little")[:, : cols * num_bits]
     return (bits.reshape(len(packed), cols, num_bits).astype(int) << np.arange(num_bits)).sum(-1)
 
 
 def check(native, isa, coding, rows, cols, groups, tokens, table, rng):
-    num_bits = CODINGS[coding]
-    row_nbytes = -(-cols // 5) if coding == "trits" else -(-cols * num_bits // 8)
-    highest = 243 if coding == "trits" else 256
-    packed = Exact(rng.integers(0, highest, (rows, row_nbytes), dtype=np.uint8))
+    num_bits = bits_of(coding)
+    highest = 256 if num_bits else 243
+    packed = Exact(rng.integers(0, highest, (rows, row_nbytes(coding, cols)), dtype=np.uint8))
     scale = Exact(rng.standard_normal((rows, groups)).astype(np.float16))
-    zero = 1 if coding == "trits" else 1 << (num_bits - 1)
-    levels = rng.integers(-127, 128, 1 << num_bits).astype(np.int8) if table else np.zeros(0, np.int8)
-    codes = codes_of(packed.values, coding, cols)
-    integers = levels.astype(int)[codes] if table else codes - zero
-    weight = integers * np.repeat(scale.values.astype(float), cols // groups, axis=1)
-    matrix = native.Matrix(
-        isa,
-        packed.address,
-        scale.address,
-        rows,
-        cols,
-        row_nbytes,
-        groups,
-        num_bits,
-        0 if table else zero,
-        levels.tobytes(),
+    half = 1 << num_bits - 1 if num_bits else 1
+    levels = (
+        np.sort(rng.choice(np.arange(-127, 128), 1 << num_bits, replace=False)) if table else np.arange(-half, half)
     )
+    levels = levels if num_bits else np.arange(-1, 2)
+    weight = levels[codes_of(packed.values, coding, cols)] * np.repeat(
+        scale.values.astype(float), cols // groups, axis=1
+    )
+    block = int(rng.choice([block for block in (1, 2, 16, 64) if cols % block == 0])) if rng.integers(2) else 0
+    signs = Exact((rng.choice([-1.0, 1.0], cols) / max(block, 1) ** 0.5).astype(np.float32))
+    stored = native.Format(coding, levels.tolist(), 2 if table else 0, 0.0, 0.3, float(half), False)
+    matrix = native.Matrix(isa, stored, block, signs.address, rows, cols, groups, packed.address, scale.address)
     x = Exact(rng.standard_normal((tokens, cols)).astype(np.float32))
-    expected = x.values.astype(float) @ weight.T
-    size = np.linalg.norm(x.values) * np.linalg.norm(weight) / min(cols, 64) ** 0.5
+    rotated = x.values.astype(float)
+    if block:
+        rotated = ((rotated * signs.values).reshape(tokens, -1, block) @ hadamard(block)).reshape(tokens, cols)
+    expected = rotated @ weight.T
+    # Levels of a short row may all be zero, but what is subtracted for their zero point rounds.
+    weight_size = max(np.linalg.norm(weight), np.linalg.norm(scale.values))
+    size = np.linalg.norm(x.values) * weight_size / min(cols, 64) ** 0.5
     for int8, bound in ((False, 1e-5), (True, 0.1)):
         for threads in THREADS:
             out = Exact(np.full((tokens, rows), np.nan, np.float32))
-            matrix.linear(x.address, tokens, out.address, int8, threads)
+            matrix.matmul(x.address, tokens, out.address, int8, threads)
             error = np.linalg.norm(out.values - expected)
             assert error <= bound * size, (isa, coding, rows, cols, groups, tokens, table, int8, error / size)
 
 
-def main(path):
-    spec = importlib.util.spec_from_file_location("_native", path)
-    native = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(native)
-    assert "torch" not in sys.modules
-    rng, checked = np.random.default_rng(0), 0
+def check_all(native, rng):
+    checked = 0
     for isa in native.isas():
         for coding in CODINGS:
             for table in (False, True) if coding in ("bits2", "bits3", "bits4") else (False,):
@@ -81,8 +72,8 @@ def main(path):
                 # Rows enough for every thread.
                 check(native, isa, coding, 700, 640, 5, 1, table, rng)
                 check(native, isa, coding, 700, 640, 5, 3, table, rng)
-    print(f"{checked} passed, 0 failed")
+    return checked
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run(check_all)

@@ -26,7 +26,7 @@ def test_without_a_choice_it_is_the_fastest():
     assert kernels.isas()[-1] == "reference"
 
 
-def test_one_that_it_lacks_is_told_with_those_it_has():
+def test_one_that_it_lacks_is_refused_with_those_it_has():
     done = run("avx1024")
     assert done.returncode
     assert done.stderr.strip().endswith(
@@ -37,8 +37,9 @@ def test_one_that_it_lacks_is_told_with_those_it_has():
 def test_the_reference_takes_no_kernel():
     script = """
 import torch
-from epic_quant.quant import quantizer
-quantized = quantizer("int4").quantize(torch.ones(2, 8))
+from epic_quant.quant import quantize
+from epic_quant.spec import WeightSpec
+quantized = quantize(torch.ones(2, 8), WeightSpec("int4"))
 print(quantized.computed_by())
 """
     assert run("reference", script).stdout.strip() == "reference"

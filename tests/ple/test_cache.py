@@ -14,6 +14,7 @@ from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import CheckpointError, ConfigError, SpecError, TokenError
 from epic_quant.ple import PLERowCache, reading, simulation
 from epic_quant.ple.residency import NAMES, Residency
+from epic_quant.spec import WeightSpec
 
 from .conftest import DIM, LAYERS, NAME, ROWS, write_table
 
@@ -184,7 +185,7 @@ def test_ids_that_are_none_are_refused(checkpoint, ids, message):
         ({}, "in rows or in bytes"),
         ({"capacity_rows": 1, "capacity_nbytes": 1000}, "in rows or in bytes"),
         ({"capacity_rows": 1, "reads": "positionned"}, "did you mean positioned"),
-        ({"capacity_rows": 1, "spec": "int4+gptq"}, "leave out"),
+        ({"capacity_rows": 1, "spec": WeightSpec("int4", gptq=True)}, "leave out"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(checkpoint, settings_, message):

@@ -3,20 +3,24 @@
 import pytest
 import torch
 
-from epic_quant import quantizer
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import CheckpointError, QuantizationError, SpecError
 from epic_quant.ple import PLERowCache, pack_table
+from epic_quant.quant import quantize
+from epic_quant.spec import WeightSpec
 
 from .conftest import DIM, LAYERS, ROWS, write_table
 
-SPECS = ["int8", "int8-g16", "int4-g16", "int3", "ternary", "absmax3-packed", "codebook4-g16", "int4-g48+had16"]
+SPECS = ["int8", "int8-g16", "int4-g16", "int3", "ternary", "absmax3-packed", "codebook4-g16", "affine3"]
+SPECS += ["int4-g48+had16"]
+INT8 = WeightSpec("int8")
 
 
 @pytest.mark.parametrize("from_file", [True, False])
 @pytest.mark.parametrize("spec", SPECS)
 def test_rows_are_what_the_quantizer_makes_of_them(finite_checkpoint, weights, tmp_path, spec, from_file):
-    quantized = quantizer(spec).quantize(weights)
+    spec = WeightSpec.parse(spec)
+    quantized = quantize(weights, spec)
     packed = pack_table(finite_checkpoint, spec, tmp_path / "packed.safetensors") if from_file else None
     ids = torch.tensor([5, 200, 5, 6, 0])
     with PLERowCache(finite_checkpoint, capacity_rows=3, spec=spec, packed=packed) as cache:
@@ -30,29 +34,29 @@ def test_rows_are_what_the_quantizer_makes_of_them(finite_checkpoint, weights, t
 
 
 def test_a_packed_file_names_its_own_spec(finite_checkpoint, tmp_path):
-    path = pack_table(finite_checkpoint, "int8", tmp_path / "packed.safetensors")
+    path = pack_table(finite_checkpoint, INT8, tmp_path / "packed.safetensors")
     with PLERowCache(finite_checkpoint, capacity_rows=3, packed=path) as cache:
         assert cache.row_nbytes == LAYERS * DIM + 2
     with pytest.raises(SpecError, match="packed as int8, but int4 is asked for"):
-        PLERowCache(finite_checkpoint, capacity_rows=3, packed=path, spec="int4")
+        PLERowCache(finite_checkpoint, capacity_rows=3, packed=path, spec=WeightSpec("int4"))
 
 
 def test_the_same_bytes_hold_more_packed_rows(finite_checkpoint):
     held = {}
     for spec in ("bf16", "int8", "int4"):
-        with PLERowCache(finite_checkpoint, capacity_nbytes=4000, spec=spec) as cache:
+        with PLERowCache(finite_checkpoint, capacity_nbytes=4000, spec=WeightSpec(spec)) as cache:
             held[spec] = cache.capacity_rows
     assert held == {"bf16": 4000 // 96, "int8": 4000 // 50, "int4": 4000 // 26}
 
 
 def test_a_table_packed_in_parts_is_packed_the_same(finite_checkpoint, tmp_path, monkeypatch):
-    whole = pack_table(finite_checkpoint, "int4-g16", tmp_path / "whole.safetensors").read_bytes()
+    whole = pack_table(finite_checkpoint, WeightSpec("int4", 16), tmp_path / "whole.safetensors").read_bytes()
     monkeypatch.setattr("epic_quant.ple.packing._CHUNK_NBYTES", 2000)
-    assert pack_table(finite_checkpoint, "int4-g16", tmp_path / "parts.safetensors").read_bytes() == whole
+    assert pack_table(finite_checkpoint, WeightSpec("int4", 16), tmp_path / "parts.safetensors").read_bytes() == whole
 
 
 def test_a_packed_file_of_another_checkpoint_is_refused(finite_checkpoint, weights, tmp_path):
-    path = pack_table(finite_checkpoint, "int8", tmp_path / "packed.safetensors")
+    path = pack_table(finite_checkpoint, INT8, tmp_path / "packed.safetensors")
     (tmp_path / "other").mkdir()
     with (
         Checkpoint.open(write_table(tmp_path / "other", weights * 2)) as other,
@@ -72,12 +76,12 @@ def test_weights_that_are_not_finite_are_named_and_leave_no_file(tmp_path, weigh
     with Checkpoint.open(write_table(tmp_path, weights)) as opened:
         before = sorted(tmp_path.iterdir())
         with pytest.raises(QuantizationError, match="row 77"):
-            pack_table(opened, "int8", tmp_path / "packed.safetensors")
+            pack_table(opened, INT8, tmp_path / "packed.safetensors")
         assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_place_that_cannot_be_written_is_an_error(finite_checkpoint, tmp_path):
     with pytest.raises(CheckpointError, match="cannot be written"):
-        pack_table(finite_checkpoint, "int8", tmp_path / "none" / "packed.safetensors")
+        pack_table(finite_checkpoint, INT8, tmp_path / "none" / "packed.safetensors")
     with pytest.raises(CheckpointError, match=r"must end"):
-        pack_table(finite_checkpoint, "int8", tmp_path / "packed.bin")
+        pack_table(finite_checkpoint, INT8, tmp_path / "packed.bin")

@@ -146,7 +146,7 @@ def configure(**options):
     [
         ({"fail_if": ["kl_divergance:1"]}, "unknown metric 'kl_divergance'"),
         ({"fail_if": ["kl_divergence:1", "nbytes:+5%"]}, "Name an older run with --baseline"),
-        ({"fail_if": ["nbytes"]}, "is no condition"),
+        ({"fail_if": ["nbytes"]}, "is not a condition"),
     ],
 )
 def test_a_limit_that_is_none_ends_pytest_before_it_begins(options, said):

@@ -36,7 +36,7 @@ def test_every_entry_has_a_record_and_no_raw_timings(finished):
 def test_kv_policies_are_measured_on_any_checkpoint(model, tmp_path, run_pytest):
     """At the context lengths that fit; the reference is there unasked."""
     out = tmp_path / "out.json"
-    options = ["--text", model / "text.txt", "--kv-policy", "k=int4@8/v=int4", "--kv-context", "300"]
+    options = ["--text", model / "text.txt", "--kv-policy", "k=int4-b8/v=int4", "--kv-context", "300"]
     selected = ["-k", "not near and not searched"]
     status, printed = run_pytest(
         "benchmarks/test_kv.py", "--checkpoint", model, *options, *selected, "--benchmark-json", out
@@ -46,10 +46,10 @@ def test_kv_policies_are_measured_on_any_checkpoint(model, tmp_path, run_pytest)
     assert data[JSON_KEY]["kv_tokens"] == 300
     records = [Record.from_json(entry["extra_info"][JSON_KEY]) for entry in data["benchmarks"]]
     found = {(r.labels["kv_policy"], r.labels["context"]) for r in records if r.subject == "kv_divergence"}
-    assert found == {(policy, context) for policy in ("bf16", "k=int4@8/v=int4") for context in ("128", "256")}
+    assert found == {(policy, context) for policy in ("bf16", "k=int4-b8/v=int4") for context in ("128", "256")}
     bits = {r.labels["kv_policy"]: r.metrics["bits_per_value"] for r in records if r.subject == "kv"}
     assert bits["bf16"] == 16
-    assert 4 < bits["k=int4@8/v=int4"] < 8
+    assert 4 < bits["k=int4-b8/v=int4"] < 8
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_kv_policies_are_measured_on_any_checkpoint(model, tmp_path, run_pytest)
     [
         (["--policy", "original-2"], "unknown policy 'original-2'; did you mean original-"),
         (["--policy", "mpl=int4"], "unknown tensor class 'mpl'"),
-        (["--kv-policy", "orginal"], "unknown KV policy 'orginal'; did you mean original"),
+        (["--kv-policy", "orginal"], "unknown KV spec 'orginal'; did you mean original"),
         (["--checkpoint", "none/at/all"], "none/at/all: no such file or folder"),
         (["--checkpoint", "benchmarks/facts"], "no weights in this folder"),
     ],

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from epic_quant.gemma4.config import TextConfig
-from epic_quant.quality import NOISE_FLOOR, REFERENCE, noise_floor
+from epic_quant.quality import noise_floor
 from epic_quant.quality.passes import Memory
 from epic_quant.quality.variants import with_reference
+from epic_quant.spec import NOISE_FLOOR, REFERENCE
 
 BOS = 2
 

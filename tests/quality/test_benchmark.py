@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from epic_quant.gemma4.tensors import TensorClass
 from epic_quant.records import JSON_KEY, Record
+from epic_quant.results.prices import read_prices
+from epic_quant.spec import PolicySpec, TensorClass
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BY_LAYER = "mlp=int4,mlp@0-2+7=int8"
 RECIPES = [f"recipe at {policy}, K and V {kv}" for policy in ("mlp=int4", BY_LAYER) for kv in ("in bf16", "chosen")]
+AT_BITS = [f"recipe at {bits} bits, K and V in bf16" for bits in (2, 3, 4, 5, 6)]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def finished(options, tmp_path_factory):
 
 def test_every_policy_and_the_noise_floor_are_recorded(finished):
     records = {record.labels["policy"]: record for record in finished[1] if record.subject == "quality"}
-    assert set(records) == {"bf16", "mlp=int4", BY_LAYER, "bf16-compute", *RECIPES}
+    assert set(records) == {"bf16", "mlp=int4", BY_LAYER, "bf16-compute", *RECIPES, *AT_BITS}
     assert records["bf16"].metrics["kl_divergence"] == 0
     assert records["mlp=int4"].metrics["kl_divergence"] > records["bf16-compute"].metrics["kl_divergence"] > 0
     order = ["mlp=int4", BY_LAYER, "bf16"]
@@ -66,51 +68,67 @@ def test_every_policy_and_the_noise_floor_are_recorded(finished):
 
 
 def test_recipes_keep_to_the_bytes_of_the_policy_they_stand_beside(finished):
-    """And predict what the single classes have on the text of calibration, of those that they quantize."""
+    """And keep as many PLE rows as bf16, with K and V in bf16 or chosen; what is predicted stands beside."""
     records = {record.labels["policy"]: record for record in finished[1] if record.subject == "quality"}
-    alone = {
-        (record.labels["tensor_class"], record.labels["spec"]): record.metrics["kl_divergence"]
-        for record in finished[1]
-        if record.subject == "sensitivity" and record.labels["text"] == "calibration"
-    }
     for name in RECIPES:
         record = records[name]
         at = records[record.details["recipe_at"]]
         assert name.startswith(f"recipe at {at.labels['policy']}, ")
         assert record.metrics["resident_nbytes"] <= at.metrics["resident_nbytes"]
-        said = dict(part.split("=", 1) for part in record.details["policy"].split(","))
-        assert said.pop("kv") in (("bf16",) if name.endswith("bf16") else ("bf16", "int4"))
-        assert said.pop("ple") == "lru:5000", "as many rows as bf16 keeps"
-        if name.endswith("bf16"):
-            assert record.metrics["predicted_kl_divergence"] == pytest.approx(sum(alone[part] for part in said.items()))
+        recipe = PolicySpec.parse(record.details["spec"])
+        assert str(recipe.kv) in (("bf16",) if name.endswith("bf16") else ("bf16", "int4"))
+        assert str(recipe.ple) == "lru:5000", "as many rows as bf16 keeps"
+        assert record.metrics["predicted_kl_divergence"] > 0
+
+
+def test_every_figure_of_quality_has_its_prediction_beside_it(finished):
+    """Of the checkpoint's own weights it is 0; of the noise floor, which quantizes nothing, there is none."""
+    for record in finished[1]:
+        if record.subject in ("quality", "sensitivity") and record.labels.get("policy") != "bf16-compute":
+            predicted, measured = (record.metrics[name] for name in ("predicted_kl_divergence", "kl_divergence"))
+            assert (predicted == 0) == (measured == 0)
+
+
+def test_prices_lie_beside_the_json_and_recipes_come_of_them(finished):
+    """Every matrix in use is priced; the file gives what the record says; the frontier goes from few bytes to many."""
+    record = next(record for record in finished[1] if record.subject == "prices")
+    prices = read_prices(finished[2].parent / record.details["file"])
+    assert {one.name for one in prices.tensors} == set(record.details["tensors"])
+    for one in prices.tensors:
+        for spec, (divergence, error, nbytes) in record.details["tensors"][one.name]["specs"].items():
+            assert prices.price(one, spec) == (pytest.approx(divergence), pytest.approx(error))
+            assert one.nbytes[one.index(spec)] == nbytes
+    nbytes = [point["resident_nbytes"] for point in record.details["frontier"]]
+    assert nbytes == sorted(nbytes)
+    for at in record.details["by"]:
+        assert set(at["predicted"]) == {"tensor", "layer", "kind", "class"}
 
 
 def test_recipes_alone_can_be_made(options, tmp_path):
-    """Their sensitivities and qualities are measured for them."""
+    """Their prices and qualities are measured for them."""
     status, printed = pytest_run(*options, "-k", "test_recipe", "--benchmark-json", tmp_path / "out.json")
     assert status == 0, printed
-    assert "4 passed" in printed
+    assert "9 passed" in printed
 
 
-def test_every_change_is_recorded_on_both_texts(finished):
+def test_every_ablation_is_recorded_on_the_evaluation_text(finished):
     records = [record for record in finished[1] if record.subject == "sensitivity"]
-    for text in ("evaluation", "calibration"):
-        found = [record for record in records if record.labels["text"] == text]
-        assert {record.labels["tensor_class"] for record in found} == {*TensorClass, "kv_cache"}
-        assert len(found) == 7 * 6 + 1
+    assert {record.labels["text"] for record in records} == {"evaluation"}
+    assert {record.labels["tensor_class"] for record in records} == {*TensorClass, "kv_cache"}
+    assert len(records) == 7 * 6 + 1
     for record in records:
         saved = record.metrics["saved_nbytes"]
         assert record.metrics["kl_per_mb"] == pytest.approx(record.metrics["kl_divergence"] / (saved / 1e6))
         assert "layer" not in record.labels
     kv = next(record for record in records if record.labels["tensor_class"] == "kv_cache")
-    assert kv.details["spec"] == "int4"
+    assert kv.details["kv"] == "int4"
     # Six kv_sources, five of them sliding with a window of 6 tokens and heads of 16, the other with heads of 32.
     assert kv.details["nbytes"] + kv.metrics["saved_nbytes"] == 2 * 2 * 2 * (5 * 6 * 16 + 100 * 32)
 
 
 def test_the_plan_is_told_and_states_are_kept(finished):
     assert "quality, 4 policies with the reference on 2 windows of 12 tokens: 1 pass" in finished[0]
-    assert "sensitivity, 44 policies with the reference on 4 windows of 12 tokens: 1 pass" in finished[0]
+    assert "sensitivity, 44 policies with the reference on 2 windows of 12 tokens: 1 pass" in finished[0]
     names = ["quality.safetensors", "recipe.safetensors", "sensitivity.safetensors"]
     assert sorted(path.name for path in finished[2].iterdir()) == names
 
@@ -118,9 +136,9 @@ def test_the_plan_is_told_and_states_are_kept(finished):
 def test_a_plan_alone_counts_layers_where_they_are_asked_for(options):
     status, printed = pytest_run(*options, "--by-layer", "--plan")
     assert status == 0, printed
-    # 43 changes of everything; 10 + 2 attention layers, and 12 of the MLP and the PLE projections, by six; six sources.
+    # 43 of all layers; 10 + 2 attention layers, and 12 of the MLP and the PLE projections, by six; six KV sources.
     assert f"sensitivity, {1 + 43 + 6 * (10 + 2 + 12 + 12) + 6} policies" in printed
-    assert "up to 4 policies more" in printed
+    assert "up to 9 policies more" in printed
 
 
 @pytest.mark.parametrize(
@@ -128,7 +146,7 @@ def test_a_plan_alone_counts_layers_where_they_are_asked_for(options):
     [
         (["--windows", "9"], "60 tokens, but 9 windows of 12 need 99"),
         (["--memory", "1kB"], "are allowed; take fewer windows or more memory"),
-        (["--policy", "mlp@12=int4"], "mlp@12: of 12 layers there is none such"),
+        (["--policy", "mlp@12=int4"], "mlp@12=int4: this model of 12 layers has no such tensor"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(wrong, said, options, tmp_path):

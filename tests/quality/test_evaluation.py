@@ -1,5 +1,6 @@
 """Evaluating by streaming, against `transformers` and against whole models with all logits."""
 
+from collections import Counter
 from dataclasses import astuple
 
 import pytest
@@ -9,18 +10,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import CheckpointError, QuantizationError, SpecError, TokenError
 from epic_quant.gemma4.model import TextModel
-from epic_quant.gemma4.tensors import TensorClass
 from epic_quant.gemma4.weights import CheckpointWeights
 from epic_quant.kv import KVCache
 from epic_quant.metrics import kl_divergence
-from epic_quant.policy import NAMED, Policy
-from epic_quant.quality import NOISE_FLOOR, REFERENCE, Variant, evaluate, measure
+from epic_quant.policy import PolicyWeights
+from epic_quant.quality import Variant, evaluate, measure
 from epic_quant.quality.passes import work
 from epic_quant.quality.variants import with_reference
+from epic_quant.spec import NAMED, NOISE_FLOOR, REFERENCE, PolicySpec, TensorClass
 
 TOYS = ["e4b", "e2b", "no_ple", "no_sharing", "other_rope"]
 POLICIES = {
-    text: Policy.parse(text)
+    text: PolicySpec.parse(text)
     for text in (
         "bf16",
         "original-1.58",
@@ -28,7 +29,7 @@ POLICIES = {
         "full_attention=ternary,mlp=int4",
         "mlp=int4,embedding=int4,ple_table=int4,ple_model_projection=int3",
         "kv=int4",
-        "mlp=int4,kv=k=int4@8/v=int4/recent=3",
+        "mlp=int4,kv=k=int4-b8/v=int4/residual=3",
         "kv=fp32/full.k.rotated=int2/full.k.unrotated=int4",
     )
 }
@@ -56,7 +57,7 @@ def naive_logits(toy_checkpoint, windows):
     """Logits [3, 17, vocab] of a whole model under a policy, K and V of each window through a cache of its own."""
 
     def logits(policy, dtype=torch.float32):
-        model = TextModel(policy.weights(toy_checkpoint), dtype)
+        model = TextModel(PolicyWeights(toy_checkpoint, policy), dtype)
         if str(policy.kv) == "bf16":
             return model.logits(windows)
         caches = [KVCache(model.config, policy.kv) for _ in windows]
@@ -77,7 +78,7 @@ def agree(naive_logits, windows):
 
 
 def test_streaming_is_the_same_as_whole_models(toy_checkpoint, windows, naive_logits, agree, small_slices):
-    """Full logits of every policy, from `TextModel` over `Policy.weights`."""
+    """Full logits of every policy, from `TextModel` over `PolicyWeights`."""
     ours = evaluate(toy_checkpoint, POLICIES, windows)
     assert list(ours) == [*POLICIES, NOISE_FLOOR]
     for name, policy in POLICIES.items():
@@ -86,11 +87,14 @@ def test_streaming_is_the_same_as_whole_models(toy_checkpoint, windows, naive_lo
     assert ours["kv=int4"].kl_divergence > 1e-4
 
 
-class OneLayer:
+class SomeLayers:
     """The weights of one policy in some layers, of another elsewhere."""
 
     def __init__(self, checkpoint, policy, elsewhere, layers):
-        self._here, self._else, self._layers = policy.weights(checkpoint), elsewhere.weights(checkpoint), layers
+        self._here, self._else, self._layers = (
+            *(PolicyWeights(checkpoint, one) for one in (policy, elsewhere)),
+            layers,
+        )
         self.config, self.get, self.rows = self._else.config, self._else.get, self._else.rows
 
     def layer(self, index):
@@ -99,16 +103,16 @@ class OneLayer:
 
 @pytest.mark.parametrize("layers", [(0,), (7,), (11,), (2, 3, 11)])
 def test_a_policy_can_be_that_of_single_layers(layers, toy_checkpoint, windows, agree):
-    here, elsewhere = Policy.parse("mlp=int3,full_attention=int3"), Policy.parse("mlp=int8")
-    variant = Variant(elsewhere, dict.fromkeys(layers, here))
-    model = TextModel(OneLayer(toy_checkpoint, here, elsewhere, layers))
-    ours = evaluate(toy_checkpoint, {"some": variant}, windows)
+    here, elsewhere = PolicySpec.parse("mlp=int3"), PolicySpec.parse("mlp=int8")
+    some = PolicySpec.parse(f"mlp=int8,mlp@{'+'.join(map(str, layers))}=int3")
+    model = TextModel(SomeLayers(toy_checkpoint, here, elsewhere, layers))
+    ours = evaluate(toy_checkpoint, {"some": some}, windows)
     agree(ours["some"], model.logits(windows))
 
 
 def test_equal_weights_diverge_by_no_more_than_rounding(toy_checkpoint, windows):
     """The cache quantizes nothing, since all tokens are recent; so the same is computed, by other states."""
-    ours = evaluate(toy_checkpoint, {"same": Policy.parse("kv=int4/recent=99")}, windows)
+    ours = evaluate(toy_checkpoint, {"same": PolicySpec.parse("kv=int4/residual=99")}, windows)
     assert ours["same"].kl_max < 1e-9
     assert ours["same"].top1_agreement == 1
     assert ours["bf16"].kl_max == 0
@@ -129,14 +133,16 @@ def test_policies_share_their_states_and_change_no_bit_of_each_other(toy_checkpo
 
 @pytest.fixture
 def layers_read(monkeypatch):
-    """Every layer that is asked of the file, in order."""
-    read, layer = [], CheckpointWeights.layer
+    """Every layer of which a tensor is asked of the file, in order."""
+    read, get = [], CheckpointWeights.get
 
-    def counted(self, index):
-        read.append(index)
-        return layer(self, index)
+    def counted(self, name):
+        layer = self.tensors[name].layer
+        if layer is not None and read[-1:] != [layer]:
+            read.append(layer)
+        return get(self, name)
 
-    monkeypatch.setattr(CheckpointWeights, "layer", counted)
+    monkeypatch.setattr(CheckpointWeights, "get", counted)
     return read
 
 
@@ -145,14 +151,17 @@ def test_all_policies_take_one_read_of_every_layer(toy_checkpoint, windows, laye
     assert layers_read == list(range(12))
 
 
-def test_the_bytes_of_layers_are_read_once_for_all_policies(toy_checkpoint, windows, monkeypatch):
+def test_a_weight_of_a_layer_is_read_once_for_all_policies_that_store_it_alike(toy_checkpoint, windows, monkeypatch):
     read, tensor = [], Checkpoint.tensor
     monkeypatch.setattr(Checkpoint, "tensor", lambda self, name: read.append(name) or tensor(self, name))
     evaluate(toy_checkpoint, POLICIES, windows)
     weights = CheckpointWeights(toy_checkpoint)
-    live = {t.name for t in weights.tensors.values() if t.layer is not None and not t.unused}
-    asked = [name.removeprefix("model.") for name in read if ".layers." in name]
-    assert sorted(asked) == sorted(live)
+    expected = {
+        t.name: len({Variant(policy).key(t) for policy in POLICIES.values()})
+        for t in weights.tensors.values()
+        if t.layer is not None and not t.unused
+    }
+    assert Counter(name.removeprefix("model.") for name in read if ".layers." in name) == expected
 
 
 @pytest.mark.parametrize("number", [1, 2, 4])
@@ -161,7 +170,7 @@ def test_multiplications_grow_linearly_with_tokens_and_policies(number, toy_chec
 
     What comes before the first layer is done once for every distinct token, however many there are of it.
     """
-    policies = [Policy.parse(f"sliding_attention=int{bits}") for bits in (3, 4, 5, 6)][:number]
+    policies = [PolicySpec.parse(f"sliding_attention=int{bits}") for bits in (3, 4, 5, 6)][:number]
     variants = {str(policy): policy for policy in policies}
     config = CheckpointWeights(toy_checkpoint).config
     model_projection = config.num_layers * config.ple_dim * config.hidden_size
@@ -197,9 +206,9 @@ def test_too_little_memory_for_a_single_policy_is_said(toy_checkpoint, windows, 
     assert layers_read == []
 
 
-def test_error_feedback_is_fitted_with_the_hessians(toy_checkpoint, windows):
-    """With the identity for hessians nothing is fed back, so it is the plain scheme; without any it is refused."""
-    gptq, plain = Policy.parse("ple_projections=int4+gptq"), Policy.parse("ple_projections=int4")
+def test_error_compensation_is_fitted_with_the_hessians(toy_checkpoint, windows):
+    """With the identity for Hessians nothing is compensated, so it is the plain scheme; without any it is refused."""
+    gptq, plain = PolicySpec.parse("ple_projections=int4+gptq"), PolicySpec.parse("ple_projections=int4")
     hessians = {
         tensor.name: torch.eye(tensor.shape[1])
         for tensor in CheckpointWeights(toy_checkpoint).tensors.values()
@@ -234,9 +243,9 @@ def test_wrong_windows_are_one_clear_line(ids, message, toy_checkpoint):
 @pytest.mark.parametrize(
     ("policies", "message"),
     [
-        ({REFERENCE: Policy.parse("mlp=int4")}, "'bf16' is the reference, the checkpoint's own weights"),
+        ({REFERENCE: PolicySpec.parse("mlp=int4")}, "'bf16' is the reference, the checkpoint's own weights"),
         ({NOISE_FLOOR: NAMED["int8"]}, "'bf16-compute' is the noise floor"),
-        ({"x": Variant(NAMED["bf16"], {12: NAMED["int8"]})}, "x: there is no layer 12; expected 0 to 11"),
+        ({"x": PolicySpec.parse("kv@12=int8")}, "x: kv@12=int8: this model has layers 0 to 11"),
     ],
 )
 def test_wrong_policies_are_one_clear_line(policies, message, toy_checkpoint, windows):
@@ -245,8 +254,8 @@ def test_wrong_policies_are_one_clear_line(policies, message, toy_checkpoint, wi
 
 
 def test_a_group_that_does_not_fit_names_the_tensor(toy_checkpoint, windows):
-    with pytest.raises(QuantizationError, match=r"layers\.0\.mlp\.gate_proj\.weight: a group of 32"):
-        evaluate(toy_checkpoint, {"x": Policy.parse("mlp=int4-g32")}, windows)
+    with pytest.raises(SpecError, match=r"x: int4-g32: a group of 32 .* of layers\.0\.mlp\.gate_proj\.weight"):
+        evaluate(toy_checkpoint, {"x": PolicySpec.parse("mlp=int4-g32")}, windows)
 
 
 def test_a_bar_is_shown_where_it_is_asked_for(toy_checkpoint, windows, capsys):

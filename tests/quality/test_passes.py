@@ -1,4 +1,4 @@
-"""What goes together in a pass, what a pass takes, and the changes that sensitivities are made of."""
+"""What goes together in a pass, what a pass takes, and the ablations."""
 
 import json
 import math
@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import TokenError
 from epic_quant.gemma4.config import TextConfig
-from epic_quant.gemma4.tensors import TensorClass, expected_tensors
+from epic_quant.gemma4.tensors import expected_tensors
 from epic_quant.plan import plan_quality
-from epic_quant.policy import NAMED, Policy
-from epic_quant.quality import KV_CACHE, REFERENCE, Ablation, Variant, changes, measure, noise_floor
+from epic_quant.quality import Ablation, Variant, ablations, measure, noise_floor
 from epic_quant.quality.passes import Memory, passes, quantized_numel, work
 from epic_quant.quality.variants import with_reference
+from epic_quant.spec import KV_CACHE, NAMED, NAMED_KV, REFERENCE, PolicySpec, TensorClass, WeightSpec
 
 FACTS = Path(__file__).parents[2] / "benchmarks" / "facts"
 E4B_JSON = json.loads((FACTS / "gemma-4-E4B.config.json").read_text(encoding="utf-8"))
@@ -37,8 +37,8 @@ LAYER_WEIGHTS = {
 
 def some_variants():
     texts = ("mlp=int4", "full_attention=int4", "embedding=int4", "ple_table=int8", "kv=int4", "ple=lru:7", "mlp=int8")
-    by_layer = {f"layer {layer}": Variant(NAMED["bf16"], {layer: Policy.parse("mlp=int4")}) for layer in (0, 20, 41)}
-    return {text: Variant(Policy.parse(text)) for text in texts} | by_layer | {"bf16-compute": noise_floor()}
+    by_layer = {f"layer {layer}": Variant(PolicySpec.parse(f"mlp@{layer}=int4")) for layer in (0, 20, 41)}
+    return {text: Variant(PolicySpec.parse(text)) for text in texts} | by_layer | {"bf16-compute": noise_floor()}
 
 
 @settings(deadline=None, max_examples=25)
@@ -75,69 +75,70 @@ def test_work_is_shared_until_policies_differ():
         return [work_ / layer_work(layer) for layer, work_ in enumerate(layers)], head // (tokens * 262144 * 2560)
 
     assert states() == ([1] * 42, 1)
-    assert states(Policy.parse("ple=lru:7")) == ([1] * 42, 1)
-    assert states(Policy.parse("mlp=int4")) == ([2] * 42, 2)
-    assert states(Policy.parse("full_attention=int4")) == ([1] * 5 + [2] * 37, 2)
-    assert states(Variant(NAMED["bf16"], {20: Policy.parse("mlp=int4")})) == ([1] * 20 + [2] * 22, 2)
+    assert states(PolicySpec.parse("ple=lru:7")) == ([1] * 42, 1)
+    assert states(PolicySpec.parse("mlp=int4")) == ([2] * 42, 2)
+    assert states(PolicySpec.parse("full_attention=int4")) == ([1] * 5 + [2] * 37, 2)
+    assert states(Variant(PolicySpec.parse("mlp@20=int4"))) == ([1] * 20 + [2] * 22, 2)
     # Layer 30 has no K and V of its own.
-    assert states(Variant(NAMED["bf16"], {30: Policy.parse("kv=int4")})) == ([1] * 42, 1)
-    assert states(Policy.parse("kv=fp32/full.k=int4")) == ([1] * 5 + [2] * 37, 2)
-    assert states(Policy.parse("embedding=int4"), Policy.parse("mlp=int4")) == ([3] * 42, 3)
+    assert states(Variant(PolicySpec.parse("kv@30=int4"))) == ([1] * 42, 1)
+    assert states(PolicySpec.parse("kv=fp32/full.k=int4")) == ([1] * 5 + [2] * 37, 2)
+    assert states(PolicySpec.parse("embedding=int4"), PolicySpec.parse("mlp=int4")) == ([3] * 42, 3)
 
 
 def test_work_grows_linearly_with_policies_and_tokens():
-    four = [Variant(Policy.parse(f"mlp=int{bits}")) for bits in (3, 4, 5, 6)]
+    four = [Variant(PolicySpec.parse(f"mlp=int{bits}")) for bits in (3, 4, 5, 6)]
     assert work(four, E4B, 1, 512)[0] * 2 == work(four, E4B, 2, 512)[0]
     assert [2 * value for value in work(four[:2], E4B, 1, 512)] == work(four, E4B, 1, 512)
 
 
 def test_a_weight_is_quantized_once_for_all_policies_that_agree_on_it():
-    variants = [Variant(Policy.parse(text)) for text in ("mlp=int4", "mlp=int4,embedding=int8", "ple_table=int8")]
+    variants = [Variant(PolicySpec.parse(text)) for text in ("mlp=int4", "mlp=int4,embedding=int8", "ple_table=int8")]
     mlp = sum(math.prod(t.shape) for t in expected_tensors(E4B) if t.tensor_class is TensorClass.MLP)
-    assert quantized_numel(variants, E4B) == {"int4": mlp, "int8": 262144 * 2560}
-    one = Variant(NAMED["bf16"], {20: Policy.parse("mlp=int4")})
-    assert quantized_numel([one], E4B) == {"int4": mlp // 42}
+    assert quantized_numel(variants, E4B) == {WeightSpec("int4"): mlp, WeightSpec("int8"): 262144 * 2560}
+    one = Variant(PolicySpec.parse("mlp@20=int4"))
+    assert quantized_numel([one], E4B) == {WeightSpec("int4"): mlp // 42}
 
 
-def test_every_class_and_kv_policy_is_changed_alone():
-    found = changes(E4B, ["int4", "p-rope"])
+def test_every_class_and_kv_spec_is_ablated_alone():
+    found = ablations(E4B, [NAMED_KV["int4"], NAMED_KV["p-rope"]])
     assert len(found) == 7 * 6 + 2
-    assert {change.tensor_class for change in found} == {*TensorClass, KV_CACHE}
-    for change in found:
-        variant = change.variant()
-        assert variant.by_layer == {}
-        assert set(variant.policy.quantized_classes) == {change.tensor_class} - {KV_CACHE}
-        assert str(variant.policy.kv) == ("bf16" if change.tensor_class != KV_CACHE else str(change.policy().kv))
+    assert {ablation.what for ablation in found} == {*TensorClass, KV_CACHE}
+    for ablation in found:
+        policy = ablation.policy
+        assert set(policy.quantized_classes) == {ablation.tensor_class} - {None}
+        assert policy.kv == (ablation.spec if ablation.what == KV_CACHE else NAMED_KV["bf16"])
+        assert policy.kv_layers == ()
     assert str(found[0]) == "sliding_attention int8-g128"
+    assert str(found[-1]) == "kv_cache p-rope"
 
 
-def test_by_layer_every_layer_that_has_the_class_is_changed_alone():
-    found = changes(E4B, ["int4"], by_layer=True)
-    layers = Counter(change.tensor_class for change in found if change.layer is not None)
+def test_by_layer_every_layer_that_has_the_class_is_ablated_alone():
+    found = ablations(E4B, [NAMED_KV["int4"]], by_layer=True)
+    layers = Counter(ablation.what for ablation in found if ablation.layer is not None)
     # 35 sliding and 7 full layers, 24 with K and V of their own; the two tables and the model projection are of none.
     assert layers == {"sliding_attention": 210, "full_attention": 42, "mlp": 252, "ple_projections": 252, KV_CACHE: 24}
-    assert sum(change.layer is None for change in found) == 43
-    one = Ablation("mlp", "int4-g128", 20).variant()
-    assert one.at(20).specs[TensorClass.MLP] == "int4-g128"
-    assert one.at(19).quantized_classes == one.policy.quantized_classes == ()
+    assert sum(ablation.layer is None for ablation in found) == 43
+    one = Ablation(WeightSpec("int4", 128), TensorClass.MLP, 20).policy
+    assert one == PolicySpec.parse("mlp@20=int4-g128")
+    assert Ablation(NAMED_KV["int4"], None, 3).policy == PolicySpec.parse("kv@3=int4")
 
 
 def test_groups_fit_the_rows_of_the_class(toy_checkpoint):
     """The toy's PLE table has rows of 96, its MLP of 48 and 80, its attention of 48, 64 and 128."""
-    specs = {change.tensor_class: change.spec for change in changes(TextConfig.read(toy_checkpoint))}
+    specs = {ablation.what: ablation.spec_name for ablation in ablations(TextConfig.read(toy_checkpoint))}
     assert specs["ple_table"] == "ternary-g128"  # a row shorter than the group is one
     assert specs["mlp"] == "ternary-g128"
     mini = TextConfig.from_json(
         E4B_JSON | {"text_config": E4B_JSON["text_config"] | {"hidden_size_per_layer_input": 32}}
     )
-    assert {change.spec for change in changes(mini) if change.tensor_class == "ple_table"} == {
-        f"{scheme}-g64" for scheme in ("int8", "int6", "int5", "int4", "int3", "ternary")
+    assert {ablation.spec_name for ablation in ablations(mini) if ablation.what == "ple_table"} == {
+        f"{name}-g64" for name in ("int8", "int6", "int5", "int4", "int3", "ternary")
     }
 
 
 def test_the_plan_tells_passes_time_ram_and_disk(toy_checkpoint):
     config = TextConfig.read(toy_checkpoint)
-    said = "\n".join(plan_quality("quality", config, {"x": Policy.parse("mlp=int4")}, 3, 17, 10**9))
+    said = "\n".join(plan_quality("quality", config, {"x": PolicySpec.parse("mlp=int4")}, 3, 17, 10**9))
     assert "quality, 2 policies with the reference on 3 windows of 17 tokens: 1 pass over the file" in said
     assert "M weights, about" in said
     assert "1.00 GB allowed (--memory)" in said

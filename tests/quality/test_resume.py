@@ -8,11 +8,11 @@ from safetensors.torch import save_file
 
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import CheckpointError, SpecError, TokenError
-from epic_quant.policy import Policy
 from epic_quant.quality import evaluate, measure
 from epic_quant.quality.stream import Stream
+from epic_quant.spec import PolicySpec
 
-POLICIES = {text: Policy.parse(text) for text in ("mlp=int4", "full_attention=int4,kv=int4", "embedding=int4")}
+POLICIES = {text: PolicySpec.parse(text) for text in ("mlp=int4", "full_attention=int4,kv=int4", "embedding=int4")}
 
 
 class StoppedError(Exception):
@@ -104,7 +104,7 @@ def state(toy_checkpoint, windows, stop_before, tmp_path):
 
 def test_the_state_of_another_run_is_refused_in_one_line(state, toy, toy_checkpoint, windows):
     before = state.read_bytes()
-    other = {**POLICIES, "mlp=int4": Policy.parse("mlp=int3")}
+    other = {**POLICIES, "mlp=int4": PolicySpec.parse("mlp=int3")}
     others = windows.clone()
     others[1, 3] += 1
     hessians = {"layers.0.mlp.down_proj.weight": torch.eye(80)}

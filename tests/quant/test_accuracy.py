@@ -1,4 +1,4 @@
-"""Errors of the schemes against published values, exact solutions, and what each must reach."""
+"""Errors of the formats against published values, exact solutions, and what each must reach."""
 
 import math
 
@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from epic_quant.metrics import relative_l2
-from epic_quant.quant import SCHEMES, lloyd_max_rel_l2, quantizer
+from epic_quant.quant import format_named, lloyd_max_rel_l2
 from epic_quant.quant.codebook import lloyd_max_levels
+
+from .conftest import stored
 
 ROWS, COLS = 512, 2560
 
@@ -37,15 +39,15 @@ def weight(request):
         ("int4-g32+had256", 4.5, 0.083),
     ],
 )
-def test_turned_schemes_do_on_every_distribution_what_they_do_on_a_gaussian(weight, spec, bits, rel_l2):
-    quantized = quantizer(spec).quantize(weight)
+def test_rotated_formats_do_on_every_distribution_what_they_do_on_a_gaussian(weight, spec, bits, rel_l2):
+    quantized = stored(weight, spec)
     assert quantized.bits_per_weight <= bits
     assert relative_l2(quantized.dequantize(), weight) <= rel_l2
 
 
 def test_int4_in_groups_of_32_on_a_large_gaussian():
     weight = torch.randn(2048, COLS, generator=torch.Generator().manual_seed(0))
-    quantized = quantizer("int4-g32").quantize(weight)
+    quantized = stored(weight, "int4-g32")
     assert quantized.bits_per_weight == 4.5
     assert relative_l2(quantized.dequantize(), weight) <= 0.083
 
@@ -57,7 +59,7 @@ def test_weights_that_lie_on_the_grid_already_come_back_exactly(bits):
     codes = torch.randint(-half, half, (500, 32), generator=rng)
     codes[:, 7] = -half
     weight = codes * (torch.rand(500, 1, generator=rng).half().float() - 0.5).half().float()
-    assert torch.equal(quantizer(f"int{bits}-g32").quantize(weight).dequantize(), weight)
+    assert torch.equal(stored(weight, f"int{bits}-g32").dequantize(), weight)
 
 
 def exact_ternary_error(groups):
@@ -70,7 +72,7 @@ def exact_ternary_error(groups):
 @pytest.mark.parametrize("group", [16, 32, 128, 2560])
 def test_ternary_is_within_a_thousandth_of_the_exact_least_squares(weight, group):
     few = weight[:64]
-    error = relative_l2(quantizer(f"ternary-g{group}").quantize(few).dequantize(), few)
+    error = relative_l2(stored(few, f"ternary-g{group}").dequantize(), few)
     assert error <= 1.001 * exact_ternary_error(few.view(-1, group))
 
 
@@ -85,7 +87,7 @@ def test_integer_scales_are_near_the_best_of_a_dense_search(weight, bits, excess
             scale = sign * factor * groups.abs().amax(dim=1, keepdim=True) / half
             error = groups - (groups / scale).round().clamp(-half, half - 1) * scale
             least = torch.minimum(least, error.square().sum(dim=1))
-    found = quantizer(f"int{bits}").quantize(groups).dequantize()
+    found = stored(groups, f"int{bits}").dequantize()
     assert relative_l2(found, groups) <= excess * math.sqrt(least.sum() / groups.square().sum())
 
 
@@ -97,7 +99,7 @@ def test_integer_scales_are_near_the_best_of_a_dense_search(weight, bits, excess
 )
 def test_affine_is_never_off_by_more_than_half_a_step(groups, bits):
     """Of a step over the range, exactly; and by what fp16 rounds the zero point and the step."""
-    decoded = quantizer(f"affine{bits}").quantize(torch.from_numpy(groups)).dequantize().double().numpy()
+    decoded = stored(torch.from_numpy(groups), f"affine{bits}").dequantize().double().numpy()
     least, largest = (end(groups.astype(np.float64), axis=1, keepdims=True) for end in (np.min, np.max))
     rounding = 2**-11 * (np.abs(least) + largest - least) + 2**-24 * 2**bits
     assert (np.abs(decoded - groups) <= (largest - least) / (2**bits - 1) / 2 + rounding).all()
@@ -105,16 +107,16 @@ def test_affine_is_never_off_by_more_than_half_a_step(groups, bits):
 
 def test_a_mean_far_from_zero_costs_affine_nothing():
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(3))
-    around_zero, far = (quantizer("affine4").quantize(weight + offset) for offset in (0.0, 8.0))
+    around_zero, far = (stored(weight + offset, "affine4") for offset in (0.0, 8.0))
     expected = relative_l2(around_zero.dequantize(), weight)
     assert relative_l2(far.dequantize() - 8, weight) == pytest.approx(expected, rel=0.02)
-    assert relative_l2(quantizer("int4").quantize(weight + 8).dequantize() - 8, weight) > 2 * expected
+    assert relative_l2(stored(weight + 8, "int4").dequantize() - 8, weight) > 2 * expected
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_the_extra_level_falls_to_the_larger_side(bits):
     ramp = torch.arange(-(1 << (bits - 1)), 1 << (bits - 1)).float().unsqueeze(0)
-    below, above = (quantizer(f"int{bits}").quantize(weight) for weight in (ramp, -ramp))
+    below, above = (stored(weight, f"int{bits}") for weight in (ramp, -ramp))
     assert below.scale > 0
     assert torch.equal(above.scale, -below.scale)
     assert torch.equal(above.packed, below.packed)
@@ -142,12 +144,12 @@ def test_levels_are_those_of_max_1960(num_levels, positive, error):
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_codebook_codes_are_the_nearest_entries(bits):
-    scheme = SCHEMES[f"codebook{bits}"]
-    assert scheme.table.dtype == torch.int8
+    codebook = format_named(f"codebook{bits}")
+    assert codebook.table.dtype == torch.int8
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(1))
     scale = torch.full((64, 1), 0.02)
-    decoded = scheme.decode(scheme.encode(weight, scale), scale)
-    nearest = (weight.unsqueeze(2) - 0.02 * scheme.table.float()).abs().amin(dim=2)
+    decoded = codebook.decode(codebook.encode(weight, scale), scale)
+    nearest = (weight.unsqueeze(2) - 0.02 * codebook.table.float()).abs().amin(dim=2)
     torch.testing.assert_close((weight - decoded).abs(), nearest)
 
 
@@ -157,18 +159,3 @@ def test_codebook_codes_are_the_nearest_entries(bits):
 def test_the_best_scalar_quantizers_error_is_the_published_one(num_levels, distortion):
     """Mean squared errors of Max (1960), table I."""
     assert lloyd_max_rel_l2(num_levels) ** 2 == pytest.approx(distortion, rel=5e-4)
-
-
-@pytest.mark.parametrize("name", SCHEMES)
-def test_num_levels_are_the_values_that_a_weight_can_take(name):
-    """Of all codes that packing holds, decoded at one scale, those in reach of any weight."""
-    scheme = SCHEMES[name]
-    if scheme.scales_per_group == 0:
-        pytest.skip("every value of bf16")
-    weight = torch.linspace(-1, 1, 4001).unsqueeze(0)
-    zero_point = [-1.0] * (scheme.scales_per_group - 1)
-    values = [
-        scheme.decode(scheme.encode(weight, scale), scale).unique()
-        for scale in torch.tensor([[[2 / s, *zero_point]] for s in (2.0, 300.0)])
-    ]
-    assert max(map(len, values)) == scheme.num_levels

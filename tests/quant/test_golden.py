@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from epic_quant.quant import SCHEMES, quantizer
+from epic_quant.spec import FORMATS
+
+from .conftest import stored
 
 # Spec: (rows of levels, scale of a level, packed bytes, fp16 scales). The weights are levels times scale, exactly.
 GOLDEN = {
@@ -45,11 +47,11 @@ GOLDEN = {
 def test_stored_bytes_never_change(spec):
     levels, scale, packed, scales = GOLDEN[spec]
     weight = torch.tensor(levels) * scale
-    quantized = quantizer(spec).quantize(weight)
-    assert quantized.packed.numpy().tobytes() == bytes.fromhex(packed)
-    assert quantized.scale.numpy().tobytes() == bytes.fromhex(scales)
+    quantized = stored(weight, spec)
+    found = [tensor.view(torch.uint8).numpy().tobytes() for tensor in quantized.tensors().values()]
+    assert found == [bytes.fromhex(tensor) for tensor in (packed, scales) if tensor]
     assert torch.equal(quantized.dequantize(), weight)
 
 
-def test_every_scheme_has_its_bytes_written_out():
-    assert set(SCHEMES) <= set(GOLDEN)
+def test_every_format_has_its_bytes_written_out():
+    assert set(FORMATS) <= set(GOLDEN)

@@ -6,15 +6,18 @@ import pytest
 import torch
 
 from epic_quant.errors import QuantizationError
-from epic_quant.quant import quantizer
+from epic_quant.quant import quantize
 from epic_quant.quant.gptq import inverse_cholesky_factor
+from epic_quant.spec import WeightSpec
+
+from .conftest import same_tensors, stored
 
 ROWS, COLS = 96, 256
 
 
 @pytest.fixture(scope="module")
 def layer():
-    """A weight, correlated inputs [n, cols], and their Hessians."""
+    """A weight, correlated inputs [n, cols], and their Hessian."""
     rng = torch.Generator().manual_seed(0)
     weight = torch.randn(ROWS, COLS, generator=rng)
     mixing = torch.randn(COLS, COLS, generator=rng) * 0.9 ** torch.arange(COLS).unsqueeze(1).div(4)
@@ -24,11 +27,11 @@ def layer():
 
 def output_error(spec, layer, hessian):
     weight, inputs, _ = layer
-    error = quantizer(spec).quantize(weight, hessian).dequantize() - weight
+    error = stored(weight, spec, hessian).dequantize() - weight
     return math.sqrt((inputs @ error.T).square().sum() / (inputs @ weight.T).square().sum())
 
 
-def test_feedback_takes_a_third_off_the_output_error(layer):
+def test_compensation_takes_a_third_off_the_output_error(layer):
     assert output_error("int3-g128+gptq", layer, layer[2]) < 0.66 * output_error("int3-g128", layer, None)
 
 
@@ -46,18 +49,17 @@ def test_feedback_takes_a_third_off_the_output_error(layer):
         "affine3-g32",
     ],
 )
-def test_feedback_works_over_any_scheme(base, layer):
+def test_compensation_works_over_any_format(base, layer):
     assert output_error(f"{base}+gptq", layer, layer[2].double()) < 0.9 * output_error(base, layer, None)
 
 
 @pytest.mark.parametrize("base", ["int4-g32", "ternary", "codebook3-g64"])
-def test_feedback_of_uncorrelated_inputs_is_plain_rounding(base, layer):
-    plain = quantizer(base).quantize(layer[0])
-    fed = quantizer(f"{base}+gptq").quantize(layer[0], torch.eye(COLS))
-    assert torch.equal(plain.packed, fed.packed)
-    assert torch.equal(plain.scale, fed.scale)
-    assert fed.nbytes == plain.nbytes
-    assert fed.spec == f"{base}+gptq"
+def test_compensation_for_uncorrelated_inputs_is_plain_rounding(base, layer):
+    plain = stored(layer[0], base)
+    compensated = stored(layer[0], f"{base}+gptq", torch.eye(COLS))
+    assert same_tensors(plain, compensated)
+    assert compensated.nbytes == plain.nbytes
+    assert str(compensated.spec) == f"{base}+gptq"
 
 
 def test_the_factor_is_the_root_of_the_damped_inverse(layer):
@@ -73,9 +75,9 @@ def test_unused_inputs_and_singular_hessians_are_fine(layer):
     few = inputs[:20].clone()
     few[:, 3] = 0.0
     hessian = few.T @ few / len(few)
-    decoded = quantizer("int4-g32+gptq").quantize(weight, hessian).dequantize()
+    decoded = stored(weight, "int4-g32+gptq", hessian).dequantize()
     assert (decoded[:, 3] - weight[:, 3]).abs().max() < 0.5
-    assert quantizer("int4+gptq").quantize(weight, torch.zeros(COLS, COLS)).dequantize().isfinite().all()
+    assert stored(weight, "int4+gptq", torch.zeros(COLS, COLS)).dequantize().isfinite().all()
 
 
 def with_nan(hessian):
@@ -86,33 +88,61 @@ def with_nan(hessian):
 @pytest.mark.parametrize(
     ("hessian", "message"),
     [
-        (None, "needs the Hessians"),
-        (torch.eye(8), r"shape \[8, 8\].*\[256, 256\]"),
+        (None, "needs the Hessian"),
+        (torch.eye(8), r"shape \[8, 8\]; .*\[256, 256\]"),
         (with_nan(torch.eye(COLS)), "NaN"),
         (torch.ones(COLS, COLS).triu(), "not symmetric"),
         (-torch.eye(COLS), "not positive semidefinite"),
     ],
 )
-def test_hessians_that_do_not_fit_are_told(layer, hessian, message):
+def test_a_hessian_that_does_not_fit_is_refused(layer, hessian, message):
     with pytest.raises(QuantizationError, match=message):
-        quantizer("int4+gptq").quantize(layer[0], hessian)
+        stored(layer[0], "int4+gptq", hessian)
 
 
 def test_rows_do_not_touch_each_other(layer):
     weight, _, hessian = layer
-    spec = quantizer("int4-g32+gptq")
+    spec = WeightSpec.parse("int4-g32+gptq")
     others = torch.arange(ROWS) % 7 != 3
     changed = torch.where(others.unsqueeze(1), weight.flip(0) * 3, weight)
-    whole, again = (spec.quantize(one, hessian).dequantize() for one in (weight, changed))
+    whole, again = (quantize(one, spec, hessian).dequantize() for one in (weight, changed))
     assert torch.equal(whole[~others], again[~others])
     assert not torch.equal(whole[others], again[others])
 
 
 def test_many_chunks_are_as_one_but_for_the_rounding_of_sums(layer, monkeypatch):
     """Matrix products of other shapes may add up in another order, and a code on the edge may then fall elsewhere."""
-    spec = quantizer("int4-g32+gptq")
-    whole = spec.quantize(layer[0], layer[2]).dequantize()
-    monkeypatch.setattr("epic_quant.quant.base._COMPENSATED_CHUNK", 10 * COLS)
-    parts = spec.quantize(layer[0], layer[2]).dequantize()
+    spec = WeightSpec.parse("int4-g32+gptq")
+    whole = quantize(layer[0], spec, layer[2]).dequantize()
+    monkeypatch.setattr("epic_quant.quant.grouped._COMPENSATED_CHUNK", 10 * COLS)
+    parts = quantize(layer[0], spec, layer[2]).dequantize()
     assert (parts == whole).float().mean() > 0.99
     assert output_error("int4-g32+gptq", layer, layer[2]) < 0.66 * output_error("int4-g32", layer, None)
+
+
+def brain_surgeon(weight, hessian, group_size, fitted_scale):
+    """int4 by optimal brain surgeon (Hassibi and Stork, 1993), one column after another, in fp64, written out plainly.
+
+    Rounding column q by e changes the others by -e H⁻¹[q] / H⁻¹[q, q], after which q is eliminated from H⁻¹.
+    """
+    rest, decoded = weight.double().clone(), torch.empty(weight.shape, dtype=torch.float64)
+    inverse = torch.linalg.inv(hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian)).double())
+    for q in range(weight.shape[1]):
+        if q % group_size == 0:
+            scale = fitted_scale(rest[:, q : q + group_size]).double()
+        decoded[:, q] = (rest[:, q : q + 1] / scale).round().clamp(-8, 7)[:, 0] * scale[:, 0]
+        rest -= (rest[:, q] - decoded[:, q]).outer(inverse[q] / inverse[q, q])
+        inverse = inverse - inverse[:, q : q + 1] @ inverse[q : q + 1] / inverse[q, q]
+    return decoded
+
+
+@pytest.mark.parametrize("group_size", [8, 4])
+def test_it_is_optimal_brain_surgeon_column_by_column(group_size):
+    rng = torch.Generator().manual_seed(5)
+    weight, inputs = torch.randn(64, 8, generator=rng), torch.randn(100, 8, generator=rng).double()
+    inputs = inputs @ torch.randn(8, 8, generator=rng).double()
+    hessian = inputs.T @ inputs / len(inputs)
+    expected = brain_surgeon(weight, hessian, group_size, lambda group: stored(group.float(), "int4").scale)
+    found = stored(weight, f"int4-g{group_size}+gptq", hessian).dequantize(torch.float64)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, stored(weight, f"int4-g{group_size}").dequantize(torch.float64))

@@ -1,127 +1,117 @@
-import subprocess
-import sys
+"""The command lines that use prices: `recipe` and `predict`."""
 
+import json
+
+import numpy as np
 import pytest
 
+from epic_quant import predict
 from epic_quant.recipe.__main__ import main
-from epic_quant.records import JSON_KEY, Record
+from epic_quant.results.prices import prices_path, read_prices
+from epic_quant.spec import PolicySpec
 
-from .conftest import entry
-
-
-def test_the_policy_string_comes_first_then_what_it_does(data, write, capsys):
-    assert main([str(write(data)), "--budget", "60kB"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    policy = "full_attention=int8-g128,mlp=ternary-g128,ple_table=int8-g128,kv=bf16,ple=lru:5000"
-    assert lines == [
-        policy,
-        "",
-        "predicted divergence: 0.3011 nats a token, the sum of what each class does alone",
-        "resident: 56,875 bytes, all weights, PLE rows, norms and KV cache",
-        "weights: 62,750 bytes, 4.482 bits a weight",
-        "measured divergence: none in this JSON; to measure it: pytest "
-        f"benchmarks/test_quality.py --checkpoint 'some model' --policy {policy} --benchmark-json recipe.json",
-    ]
+from .conftest import PARTS, make_prices, quality_entry
 
 
-def test_what_was_measured_stands_beside_what_was_predicted(data, write, capsys):
+def test_a_recipe_keeps_to_its_budget_and_is_predicted_as_predict_does(data, write, capsys):
+    path, budget = write(data), sum(PARTS.values()) // 3
+    assert main([str(path), "--budget", str(budget)]) == 0
+    text, _, name, predicted, *_ = capsys.readouterr().out.splitlines()
+    policy = PolicySpec.parse(text)
+    assert name.startswith("recipe, ")
+    assert policy.ple.residency == "lru"
+    assert policy.ple.capacity_rows == 5000
+    divergence = read_prices(prices_path(path)).predict(policy).kl_divergence
+    assert f"predicted divergence: {divergence:.4g} ± " in predicted
+    assert predict.main([str(path), "--policy", text]) == 0
+    assert predicted in capsys.readouterr().out
+
+
+def test_a_policy_goes_through_a_file(data, write, tmp_path, capsys):
+    path, file = write(data), tmp_path / "small.policy"
+    assert main([str(path), "--bits", "4", "--out", str(file)]) == 0
+    capsys.readouterr()
+    assert predict.main([str(path), "--policy", f"@{file}"]) == 0
+    assert capsys.readouterr().out.startswith("small\n")
+
+
+def test_measured_stands_beside_predicted_where_the_run_has_it(data, write, capsys):
+    data["benchmarks"].append(quality_entry("mine", "mlp=int4-g128,kv=bf16,ple=static:5000", 0.5, 0.01))
     path = write(data)
-    main([str(path), "--bits", "4.125"])
-    policy = capsys.readouterr().out.splitlines()[0]
-    parts = policy.split(",")
-    # The same in another order, under a name, and with other rows in RAM.
-    data[JSON_KEY]["policy_strings"]["mine"] = ",".join([*reversed(parts[:-1]), "ple=all"])
-    metrics = {"kl_divergence": 0.048, "kl_se": 0.002}
-    data["benchmarks"].append(entry(Record("quality", {"policy": "mine"}, metrics)))
-    assert main([str(write(data)), "--bits", "4.125"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == (
-        "measured divergence:  0.048 ± 0.002 nats a token, on the evaluation text, 1.5 times the predicted"
+    assert predict.main([str(path), "--policy", "mlp=int4-g128", "--policy", "mlp=int8-g128"]) == 0
+    first, second = capsys.readouterr().out.split("\n\n")
+    assert "measured divergence:  0.5 ± 0.01 nats a token" in first
+    assert "measured divergence:  none in this JSON" in second
+
+
+@pytest.mark.parametrize("by", ["tensor", "layer", "kind", "class"])
+def test_coarser_units_never_have_less_alone(by, data, write, capsys):
+    path = write(data)
+    assert main([str(path), "--bits", "4", "--by", by]) == 0
+    finest = main([str(path), "--bits", "4"])
+    assert finest == 0
+    coarse, fine = (
+        float(line.split(":")[1].split(",")[0])
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("without cross terms")
     )
+    assert fine <= coarse * (1 + 1e-6)
 
 
-def test_llama_cpp_arguments_can_be_pasted(data, write, capsys):
-    assert main([str(write(data)), "--bits", "4.125", "--format", "llama.cpp"]) == 0
+def test_llama_cpp_gets_a_type_for_every_tensor(data, write, capsys):
+    assert main([str(write(data)), "--bits", "4", "--format", "llama.cpp"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:6] == [
-        r"--tensor-type '^blk\.(0|2)\.attn_(q|k|v|output)\.weight$=bf16'",
-        r"--tensor-type '^blk\.(1)\.attn_(q|k|v|output)\.weight$=q4_K'",
-        r"--tensor-type '^blk\.\d+\.ffn_(gate|up|down)\.weight$=q4_K'",
-        r"--tensor-type '^blk\.\d+\.(inp_gate|proj)\.weight$=bf16'",
-        r"--tensor-type '^per_layer_token_embd\.weight$=q4_K'",
-        r"--tensor-type '^token_embd\.weight$=bf16'",
-    ]
-    assert lines[6] == ""
-    assert lines[7].startswith("# 4.5 bits a weight with these types, 4.125 with the recipe's own")
-    assert all(line.startswith("#") for line in lines[7:])
+    assert any(line.startswith("--tensor-type") for line in lines)
+    assert all(line.startswith(("--tensor-type ", "# ")) for line in lines if line)
 
 
-@pytest.mark.parametrize(
-    ("text", "nbytes"),
-    [("3.5GB", 3_500_000_000), ("800 MiB", 800 * 2**20), ("41000", 41_000), ("1kb", 1000), (".5KiB", 512), ("7B", 7)],
-)
-def test_budgets_are_read_with_their_unit(text, nbytes, data, write, capsys):
-    # Only what is too small is repeated, so the smaller ones show what was read.
-    status = main([str(write(data)), "--budget", text])
+BAD = {
+    "budget": (["--budget", "1kB"], "a budget of 1,000 bytes is too small: these specs need"),
+    "bits": (["--bits", "1"], "1 bits a weight are too few: these specs need 1.75 at least"),
+    "keep": (["--bits", "4", "--keep", "mpl"], "unknown tensor class to keep 'mpl'; did you mean mlp"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), BAD.values(), ids=BAD)
+def test_what_cannot_be_is_one_line_and_status_2(options, message, data, write, capsys):
+    assert main([str(write(data)), *options]) == 2
     error = capsys.readouterr().err
-    assert (f"a budget of {nbytes:,} bytes is too small" in error) == (status == 2) == (nbytes < 39_000)
+    assert message in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("policy", "message"),
     [
-        (["--budget", "much"], "'much' is no number of bytes"),
-        (["--budget", "3.5XB"], "'3.5XB' is no number of bytes"),
-        (["--budget", "-1GB"], "expected one argument"),
-        (["--budget", "nan"], "'nan' is no number of bytes"),
-        (["--bits", "many"], "'many' is no number of bits"),
-        (["--bits", "inf"], "'inf' is no number of bits"),
-        ([], "one of the arguments --budget --bits is required"),
-        (["--budget", "1GB", "--bits", "4"], "not allowed with"),
-        (["--bits", "4", "--format", "gguf"], "invalid choice"),
+        ("mlp=int5-g128", "no price of int5-g128; priced: int8-g128, int4-g128, ternary-g128"),
+        ("mpl=int4", "unknown tensor class 'mpl'"),
+        ("@none.policy", "none.policy"),
     ],
 )
-def test_wrong_arguments_are_status_2(arguments, said, data, write, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main([str(write(data)), *arguments])
-    assert stopped.value.code == 2
-    captured = capsys.readouterr()
-    assert said in captured.err
-    assert captured.out == ""
+def test_a_policy_that_cannot_be_predicted_is_one_line(policy, message, data, write, capsys):
+    assert predict.main([str(write(data)), "--policy", policy]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
-def without_sensitivities(data):
-    del data["benchmarks"][1:]
+def test_prices_of_another_checkpoint_or_none_are_refused(data, write, capsys):
+    path = write(data)
+    data["epic_quant"]["checkpoint"]["fingerprint"] = "another"
+    path.write_text(json.dumps(data), encoding="utf-8")
+    assert main([str(path), "--bits", "4"]) == 2
+    assert "prices of checkpoint 0123456789abcdef, but this run measured another" in capsys.readouterr().err
+    prices_path(path).unlink()
+    assert main([str(path), "--bits", "4"]) == 2
+    assert "out.prices.safetensors: no such file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("change", "arguments", "said"),
-    [
-        (lambda data: data.pop(JSON_KEY), ["--bits", "4"], "holds no records of epic_quant"),
-        (lambda data: data.pop("benchmarks"), ["--bits", "4"], "not a JSON file of pytest-benchmark"),
-        (without_sensitivities, ["--bits", "4"], "pytest benchmarks/test_quality.py --benchmark-json out.json"),
-        (without_sensitivities, ["--budget", "1GB"], "pytest benchmarks/test_quality.py --benchmark-json out.json"),
-        (lambda data: None, ["--budget", "1kB"], "the least that these specs need is"),
-        (lambda data: None, ["--bits", "1"], "the least that these specs need is 1.75"),
-        (lambda data: None, ["--bits", "4", "--keep", "kv"], "no sensitivities of 'kv' to leave out"),
-        (lambda data: None, ["--bits", "4", "--by", "layer"], "no sensitivities by layer; make them with: pytest"),
-        (lambda data: data[JSON_KEY].update(layer_types="x"), ["--bits", "4"], "layer_types must be a list of names"),
-    ],
-)
-def test_what_cannot_be_done_is_one_line_and_status_2(change, arguments, said, data, write, capsys):
-    change(data)
-    assert main([str(write(data)), *arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    assert said in captured.err
-
-
-def test_help_has_an_example_and_waits_for_neither_torch_nor_scipy():
-    program = (
-        "import sys; from epic_quant.recipe.__main__ import _parser; print(_parser().format_help()); "
-        "print([name for name in ('torch', 'scipy', 'numpy') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "python -m epic_quant.recipe out.json --budget 3.5GB\n" in done.stdout
-    assert done.stdout.splitlines()[-1] == "[]"
+def test_the_prediction_is_half_the_mean_square_of_all_derivatives():
+    prices = make_prices()
+    policy = PolicySpec.parse("mlp=int4-g128,embedding=int8-g128,kv=int4")
+    total = sum(one.derivatives[one.candidates.index(spec)].astype(float) for one, spec in prices.stored(policy))
+    expected = 0.5 * np.square(total).sum() / prices.num_predicted
+    found = prices.predict(policy)
+    assert found.kl_divergence == pytest.approx(expected)
+    alone = [prices.price(one, spec)[0] for one, spec in prices.stored(policy)]
+    assert found.alone == pytest.approx(sum(alone))

@@ -53,7 +53,7 @@ def report(run_json, tmp_path_factory):
     """The page of a run with every subject, in which one policy's name tries to break out."""
     data = run_json()
     metrics = {"kl_divergence": 0.1, "resident_nbytes": 26_000_000}
-    record = Record("quality", {"policy": HOSTILE}, metrics)
+    record = Record("quality", {"policy": HOSTILE}, metrics, {"spec": "kv=bf16"})
     data["benchmarks"].append({"name": HOSTILE, "extra_info": {JSON_KEY: record.to_json()}})
     data[JSON_KEY]["checkpoint"]["source"] = HOSTILE
     folder = tmp_path_factory.mktemp("page")
@@ -273,5 +273,39 @@ def test_what_a_screen_reader_needs_is_there(opened):
 def test_names_from_outside_are_text(opened):
     page = opened()
     assert page.locator("img").count() == 0
-    assert page.locator("script").count() == 1
+    assert page.locator("script:not([type='application/json'])").count() == 1
     assert HOSTILE in cells(page, "Quality", 1)
+
+
+def test_the_keyboard_chooses_a_recipe_and_copies_its_policy(opened, run_json):
+    page = opened(permissions=["clipboard-read", "clipboard-write"])
+    recipes = [
+        recipe
+        for entry in run_json("prices")["benchmarks"]
+        if JSON_KEY in entry["extra_info"]
+        for recipe in entry["extra_info"][JSON_KEY]["details"]["frontier"]
+    ]
+    slider = page.get_by_role("slider", name="Recipe by resident MB")
+    slider.focus()
+    for key, index in (("Home", 0), ("ArrowRight", 1), ("End", len(recipes) - 1), ("ArrowLeft", len(recipes) - 2)):
+        page.keyboard.press(key)
+        megabytes, predicted = (float(text) for text in page.locator(".slider .main").all_inner_texts())
+        assert megabytes == pytest.approx(recipes[index]["resident_nbytes"] / 1e6, abs=0.051)
+        assert predicted == pytest.approx(recipes[index]["predicted"], rel=0.01)
+        assert slider.get_attribute("aria-valuetext").startswith(f"{megabytes}; predicted")
+        assert page.get_by_label("policy", exact=True).input_value() == recipes[index]["policy"]
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    page.get_by_text("Copied").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()") == recipes[-2]["policy"]
+
+
+def test_a_slider_prints_as_its_table_and_one_row(opened):
+    page = opened()
+    page.locator("#unfold").click()
+    page.emulate_media(media="print")
+    assert page.locator(".slider input").is_hidden()
+    assert page.locator(".slider textarea").is_hidden()
+    assert page.locator(".slider dl").is_visible()
+    assert page.locator(".slider + details tbody tr").count() == 10
+    assert page.locator(".slider + details table").is_visible()

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from epic_quant.report.correlation import spearman
+from epic_quant.report.analysis.correlation import spearman
 
 # Few distinct values, so that most lists have ties.
 values = st.integers(-3, 3) | st.floats(-1e6, 1e6)

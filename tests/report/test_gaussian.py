@@ -6,7 +6,7 @@ from statistics import NormalDist
 
 import pytest
 
-from epic_quant.report.gaussian import LLOYD_MAX, shannon
+from epic_quant.report.analysis.gaussian import LLOYD_MAX, shannon
 
 FACTS = Path(__file__).parents[2] / "benchmarks" / "facts" / "published-numbers.json"
 NORMAL = NormalDist()

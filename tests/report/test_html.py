@@ -12,7 +12,7 @@ import pytest
 from epic_quant.errors import ReportError
 from epic_quant.records import JSON_KEY
 from epic_quant.report import html
-from epic_quant.report.blocks import Bullets, Figure, Findings, Heading, Paragraph, Table, code
+from epic_quant.report.blocks import Bullets, Figure, Findings, Heading, Paragraph, Slider, Table, code
 from epic_quant.report.sections import comparison
 from epic_quant.results.reading import read_run
 
@@ -71,7 +71,8 @@ def test_its_policy_forbids_the_network_and_allows_its_own_style_and_script(whol
     allowed = dict(part.strip().split(" ", 1) for part in policy.split(";"))
     assert allowed.pop("default-src") == "'none'"
     for kind in ("style", "script"):
-        digest = hashlib.sha256("".join(page.text(kind)).encode()).digest()
+        (text,) = re.findall(rf"<{kind}>(.*?)</{kind}>", whole, re.DOTALL)
+        digest = hashlib.sha256(text.encode()).digest()
         assert allowed.pop(f"{kind}-src") == f"'sha256-{base64.b64encode(digest).decode()}'"
     assert allowed == {"img-src": "data:", "base-uri": "'none'", "form-action": "'none'"}
     assert not any("style" in attributes for _, attributes in page.elements)
@@ -120,10 +121,37 @@ def test_names_from_outside_are_text_wherever_they_stand():
     assert seen.count(HOSTILE) == 14
 
 
+def test_a_sliders_data_cannot_leave_its_element_and_reads_back_whole():
+    rows = ((HOSTILE, "0.1", "1"), ("2", "0.05", "<!-- & --> \u2028"))
+    slider = Slider(HOSTILE, Table(("MB", HOSTILE, "bits"), rows), (HOSTILE, "mlp=int4"), "policy")
+    page = Page(html.render([Heading(2, "S"), slider]))
+    assert not page.of("img")
+    assert [attributes.get("type") for attributes in page.of("script")] == ["application/json", None]
+    data = json.loads(page.text("script")[0])
+    assert data == {
+        "columns": ["MB", HOSTILE, "bits"],
+        "rows": [list(row) for row in rows],
+        "texts": [HOSTILE, "mlp=int4"],
+    }
+    (given,) = (one for one in page.of("input") if one["type"] == "range")
+    assert (given["min"], given["max"], given["step"]) == ("0", "1", "1")
+    assert given["id"] in [label["for"] for label in page.of("label")]
+
+
+@pytest.mark.parametrize(("count", "most"), [(1, 10), (2, 10), (10, 10), (11, 10), (40, 10), (40, 2)])
+def test_elsewhere_a_slider_is_a_few_of_its_rows_with_both_ends(count, most):
+    table = Table(("x", "y"), tuple((str(index), "y") for index in range(count)))
+    shown = [int(row[0]) for row in Slider("x", table, ("",) * count, "y", most).few.rows]
+    assert len(shown) == min(count, most)
+    assert shown == sorted(set(shown))
+    assert (shown[0], shown[-1]) == (0, count - 1)
+
+
 def test_what_is_in_the_cells_is_in_the_page_in_order(whole, run_json, write_json):
     blocks = comparison(read_run(write_json(run_json())))
+    tables = [block.few if isinstance(block, Slider) else block for block in blocks]
     expected = [
-        cell.replace("`", "") for block in blocks if isinstance(block, Table) for row in block.rows for cell in row
+        cell.replace("`", "") for block in tables if isinstance(block, Table) for row in block.rows for cell in row
     ]
     body = re.findall(r"<t[hd](?: scope=\"row\")?(?: class=\"[a-z ]+\")?>(.*?)</t[hd]>", whole)
     assert ["".join(data for _, data in Page(cell).texts) for cell in body] == expected

@@ -27,7 +27,7 @@ def test_the_report_and_its_plots_are_written_and_named(run_json, write_json, ou
     assert capsys.readouterr().out.splitlines() == [str(out / "COMPARISON.md"), str(out / "index.html")]
     text = (out / "COMPARISON.md").read_text(encoding="utf-8")
     plots = sorted(path.name for path in out.glob("*.svg"))
-    assert len(plots) == 8
+    assert len(plots) == 10
     assert sorted(path.name for path in out.iterdir()) == sorted(["COMPARISON.md", "index.html", *plots])
     for name in plots:
         ElementTree.parse(out / name)
@@ -129,7 +129,7 @@ def test_an_unknown_format_is_status_2_and_names_the_known(run_json, write_json,
     with pytest.raises(SystemExit) as left:
         main([str(write_json(run_json("block"))), "--format", "md,pdf"])
     assert left.value.code == 2
-    assert "'pdf' is no format; known: md, " in capsys.readouterr().err
+    assert "'pdf' is not a format; known: md, " in capsys.readouterr().err
 
 
 def module(*arguments):
@@ -181,7 +181,7 @@ def test_limits_that_are_kept_are_told_and_status_0(run_json, write_json, out, c
     assert gated(run_json, write_json, out, "--fail-if", "kl_divergence[subject=quality]:0.5") == 0
     assert capsys.readouterr().err == "5 of 5 values within their limit\n"
     text = (out / "COMPARISON.md").read_text(encoding="utf-8")
-    assert "Held to `kl_divergence[subject=quality]:0.5`: 5 of 5 values within their limit." in text
+    assert "Limits: `kl_divergence[subject=quality]:0.5`. 5 of 5 values within their limit." in text
 
 
 def test_a_limit_that_is_not_kept_is_status_1_a_table_and_a_report(run_json, write_json, out, capsys):
@@ -215,7 +215,7 @@ def test_a_baseline_stands_beside_the_run(run_json, write_json, out, tmp_path, c
         (["--fail-if", "kl_divergance:1"], "unknown metric 'kl_divergance'; did you mean kl_divergence"),
         (["--fail-if", "kl_divergence[policy=int4-g12]:1"], "unknown policy of kl_divergence 'int4-g12'; did you mean"),
         (["--fail-if", "kl_divergence:+5%"], "Name an older run with --baseline"),
-        (["--fail-if", "kl_divergence"], "is no condition"),
+        (["--fail-if", "kl_divergence"], "is not a condition"),
         (["--baseline", "none.json"], "none.json: no such file"),
     ],
 )

@@ -1,26 +1,28 @@
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import matplotlib
 import pytest
 
 from epic_quant.errors import ReportError
 from epic_quant.report import plots
+from epic_quant.report.formatting import significant
 from epic_quant.report.palette import contrast
-from epic_quant.report.plots import Point
+from epic_quant.report.plots import Axis, Line, Point, Scatter, draw_scatter
 
 POINTS = [Point(panel, series, 2.0 + index, 0.4 / (1 + index)) for panel in "ab" for index, series in enumerate("xyz")]
-FRONT = [Point("", "x", 1.0, 0.5), Point("", "y", 2.0, 0.1)]
+X, Y = Axis("bits", lambda value: f"{significant(value)} bits"), Axis("error", significant)
+FRONT = Line("front", [(1.0, 0.5), (2.0, 0.1)], names=("x", "y"))
+FLOOR = Line("floor", [(1.0, 0.01), (9.0, 0.01)], dashed=True)
 DRAWINGS = {
-    "quality over bytes": lambda points: plots.quality_over_bytes(points, FRONT, 0.01),
-    "divergence over errors": lambda points: plots.divergence_over_errors(points),
-    "heat map": lambda points: plots.heat_map([plots.Cell(p.panel, p.series, "column", p.y) for p in points]),
-    "error over bits": lambda points: plots.error_over_bits(points),
-    "time over bytes": lambda points: plots.time_over_bytes(points, 12.5),
-    "time over bytes, bandwidth unknown": lambda points: plots.time_over_bytes(points, None),
-    "divergence over bytes": lambda points: plots.divergence_over_bytes(points),
-    "hits over bytes": lambda points: plots.hits_over_bytes(points, points[:1], "z"),
+    "points": lambda points: plots.scatter_svg(Scatter(X, Y, points)),
+    "points with lines": lambda points: plots.scatter_svg(Scatter(X, Y, points, lines=[FRONT, FLOOR])),
+    "joined points with a bound and marks": lambda points: plots.scatter_svg(
+        Scatter(replace(X, shared=False), replace(Y, log=False, limits=(0, 9)), points, (), points[:1], True, "z")
+    ),
+    "heat map": lambda points: plots.heat_map_svg([plots.Cell(p.panel, p.series, "column", p.y) for p in points]),
 }
 
 
@@ -58,59 +60,81 @@ def test_one_point_and_strange_names_are_drawn(draw, points):
     ElementTree.fromstring(draw(points))
 
 
-def test_points_lie_where_their_values_are():
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("log", [False, True])
+def test_points_lie_where_their_values_are_and_are_all_seen(joined, log):
+    points = [*POINTS, Point("b", "x", 1.0, 0.9)]
     with plots.style():
-        figure = plots.draw_error_over_bits(POINTS)
+        figure = draw_scatter(Scatter(X, replace(Y, log=log), points, joined=joined))
     for axes, panel in zip(figure.axes, "ab", strict=True):
         assert axes.get_title("left") == panel
-        drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in seen(axes)}
-        for point in POINTS:
-            assert drawn[point.series] == ([point.x], [point.y])
-
-
-def test_divergences_lie_where_their_values_are_on_logarithmic_axes():
-    with plots.style():
-        figure = plots.draw_divergence_over_bytes(POINTS)
-    for axes, panel in zip(figure.axes, "ab", strict=True):
-        assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
-        drawn = {line.get_label(): (line.get_xdata()[0], line.get_ydata()[0]) for line in seen(axes)}
-        assert drawn == {point.series: (point.x, point.y) for point in POINTS if point.panel == panel}
+        assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log" if log else "linear")
+        drawn = {(line.get_label(), x, y) for line in seen(axes) for x, y in zip(*line.get_data(), strict=True)}
+        assert drawn == {(point.series, point.x, point.y) for point in points if point.panel == panel}
         (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-        assert all(left < x < right and bottom < y < top for x, y in drawn.values())
+        assert all(left < x < right and bottom < y < top for _, x, y in drawn)
+    (line,) = (line for line in seen(figure.axes[1]) if line.get_label() == "x")
+    assert (line.get_linestyle() == "-") is joined
+    assert list(line.get_xdata()) == ([1.0, 2.0] if joined else [2.0, 1.0])
 
 
-def test_the_bandwidth_line_is_bytes_over_bandwidth():
+def test_lines_lie_where_they_are_in_every_panel_and_name_their_points():
     with plots.style():
-        figure = plots.draw_time_over_bytes(POINTS, 12.5)
-    line = next(line for line in figure.axes[0].lines if "reading" in line.get_label())
-    for megabytes, milliseconds in zip(line.get_xdata(), line.get_ydata(), strict=True):
-        assert milliseconds / 1e3 == pytest.approx(megabytes * 1e6 / 12.5e9)
+        figure = draw_scatter(Scatter(X, Y, POINTS, lines=[FRONT, FLOOR]))
+    for axes in figure.axes:
+        lines = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in seen(axes)}
+        assert (lines["front"], lines["floor"]) == (FRONT.points, FLOOR.points)
+        assert [(text.get_text(), text.xy) for text in axes.texts] == [("x", (1.0, 0.5)), ("y", (2.0, 0.1))]
+        assert axes.get_ylim()[0] < 0.01
+
+
+def test_a_bound_is_a_dashed_line_and_marks_are_crosses():
+    with plots.style():
+        figure = draw_scatter(Scatter(X, Y, POINTS, marks=[Point("a", "there", 3.0, 0.3)], joined=True, bound="z"))
+    first, second = ({line.get_label(): line for line in seen(axes)} for axes in figure.axes)
+    assert first["z"].get_linestyle() != "-"
+    assert first["z"].get_marker() in ("None", None)
+    assert (first["there"].get_marker(), first["there"].get_xdata()[0]) == ("x", 3.0)
+    assert "there" not in second
+
+
+def test_an_axis_that_is_not_shared_fits_its_panel():
+    points = [Point("a", "s", 1e-3, 0.1), Point("b", "s", 1e3, 0.1)]
+    with plots.style():
+        figure = draw_scatter(Scatter(replace(X, shared=False), Y, points))
+    for axes, x in zip(figure.axes, (1e-3, 1e3), strict=True):
+        assert axes.get_xlim()[0] < x < axes.get_xlim()[1] < 10 * x
 
 
 def test_every_series_up_to_eighteen_looks_different():
     with plots.style():
-        figure = plots.draw_time_over_bytes([Point("p", str(index), 1.0, 1.0) for index in range(18)], None)
+        figure = draw_scatter(Scatter(X, Y, [Point("p", str(index), 1.0, 1.0) for index in range(18)]))
     assert len({(line.get_color(), line.get_marker()) for line in seen(figure.axes[0])}) == 18
 
 
 def test_every_point_tells_its_name_and_values_where_it_is():
     points = [Point("p", "series", 2.0, 0.25, "int4-g128"), Point("p", "<&> \x01", 3.0, 0.5)]
-    root = ElementTree.fromstring(plots.error_over_bits(points))
+    root = ElementTree.fromstring(plots.scatter_svg(Scatter(X, Y, points)))
     tips = {tip.find("{*}title").text: tip for tip in root.findall(".//{*}circle")}
-    assert set(tips) == {
-        "int4-g128: 2.000 bits a weight, relative L2 0.250",
-        "<&> �: 3.000 bits a weight, relative L2 0.500",
-    }
+    assert set(tips) == {"int4-g128: 2.00 bits, 0.250", "<&> �: 3.00 bits, 0.500"}
     # The markers that are seen have white edges; those of the legend come last.
     marks = [mark for mark in root.findall(".//{*}use") if mark.get("stroke") == "#ffffff"][: len(points)]
     for tip, mark in zip(tips.values(), marks, strict=True):
         assert (tip.attrib["cx"], tip.attrib["cy"]) == (mark.attrib["x"], mark.attrib["y"])
 
 
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_what_has_no_place_on_an_axis_is_not_drawn(value):
+    assert plots.scatter("x.svg", Scatter(X, Y, [Point("p", "s", 1.0, value)])) == []
+    (figure,) = plots.scatter("x.svg", Scatter(X, Y, [Point("p", "s", 1.0, value), Point("p", "t", 1.0, 2.0)]))
+    assert ">t</text>" in figure.svg
+    assert ">s</text>" not in figure.svg
+
+
 @pytest.mark.parametrize("cell", [1e-7, 0.003, 0.02, 0.3, 4.0])
 def test_numbers_of_a_heat_map_stand_out_from_their_cell(cell):
     cells = [plots.Cell("p", "row", str(value), value) for value in (1e-7, cell, 4.0)]
-    root = ElementTree.fromstring(plots.heat_map(cells))
+    root = ElementTree.fromstring(plots.heat_map_svg(cells))
     grounds = [path.attrib["fill"] for path in root.findall(".//{*}path") if path.get("stroke") == "#ffffff"]
     numbers = [text.attrib["fill"] for text in root.findall(".//{*}text") if text.get("font-size") == "8px"]
     assert len(grounds) == len(numbers) == len({value.column for value in cells})
@@ -123,14 +147,6 @@ def test_without_matplotlib_the_extra_is_named(draw, monkeypatch):
         draw(POINTS)
 
 
-def test_the_front_and_the_noise_are_drawn_where_they_are():
-    with plots.style():
-        figure = plots.draw_quality_over_bytes(POINTS, FRONT, 0.01)
-    lines = {line.get_label(): line for line in seen(figure.axes[0])}
-    assert list(lines["Pareto front"].get_xdata()) == [1.0, 2.0]
-    assert set(lines["bf16 compute"].get_ydata()) == {0.01}
-
-
 def test_a_heat_map_has_a_number_in_every_cell_and_none_where_nothing_was_measured():
     cells = [plots.Cell("p", "mlp", "int4", 0.0123), plots.Cell("p", "embedding", "int3", 4.0)]
     with plots.style():
@@ -140,21 +156,14 @@ def test_a_heat_map_has_a_number_in_every_cell_and_none_where_nothing_was_measur
     assert [label.get_text() for label in axes.get_yticklabels()] == ["mlp", "embedding"]
 
 
-def test_every_error_has_its_own_axis():
-    with plots.style():
-        figure = plots.draw_divergence_over_errors([Point("a", "s", 1e-3, 0.1), Point("b", "s", 1e3, 0.1)])
-    assert [axes.get_xlim()[0] < x < axes.get_xlim()[1] for axes, x in zip(figure.axes, (1e-3, 1e3), strict=True)] == [
-        True,
-        True,
-    ]
-
-
 def test_no_number_is_written_as_markup(draw):
     assert "mathdefault" not in draw(POINTS)
 
 
-def test_a_plot_in_words_goes_from_the_least_value_to_the_greatest():
+def test_a_plot_in_words_names_axes_panels_and_lines_and_goes_from_the_least_value_to_the_greatest():
     points = [Point("p", "middle", 1.0, 0.5), Point("p", "high", 2.0, 4.0), Point("q", "low", 3.0, 0.25)]
-    said = plots.extremes(points, lambda point: f"{point.series} in {point.panel}", "ms")
-    assert said == "from 0.250 ms of low in q to 4.00 ms of high in p"
-    assert plots.extremes([], str) == ""
+    plot = Scatter(X, replace(Y, log=False), points, lines=[FRONT], marks=[Point("p", "there", 1.0, 1.0)])
+    assert plots.description(plot) == (
+        "Error over bits (logarithmic), a panel for each of p, q, with front, there; from 0.250 of low in q to 4.00 of "
+        "high in p"
+    )

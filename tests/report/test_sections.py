@@ -1,27 +1,37 @@
+"""How the report is made up: sections, tables and plots. `test_snapshot` has its words, `test_analysis` its figures."""
+
+import ast
+from pathlib import Path
+
 import pytest
 
-from epic_quant.errors import ReportError
 from epic_quant.records import JSON_KEY
-from epic_quant.report import plots
-from epic_quant.report.blocks import Figure, Findings, Heading, Paragraph, Table
+from epic_quant.records.subjects import BlockRecord, QualityRecord, SensitivityRecord, WeightsRecord
+from epic_quant.report import layer_map, plots, sections
+from epic_quant.report.blocks import Figure, Heading, Paragraph, Table
+from epic_quant.report.columns import Column, table
 from epic_quant.report.sections import SECTIONS, comparison
-from epic_quant.report.sections.weights import scheme
-from epic_quant.results.reading import read_run
+from epic_quant.results.comparison import compare
+from epic_quant.results.gate import Condition, labels_text
+from epic_quant.results.reading import parse_run
+from epic_quant.spec import WeightSpec
+
+from .conftest import RECIPE, entry, made, quality, recipe
 
 
 @pytest.fixture(autouse=True)
-def undrawn(monkeypatch):
-    """Plots have tests of their own, and take most of the time."""
-    monkeypatch.setattr(plots, "error_over_bits", lambda points: "<svg/>")
-    monkeypatch.setattr(plots, "time_over_bytes", lambda points, bandwidth: "<svg/>")
-    for name in ("quality_over_bytes", "divergence_over_errors", "heat_map"):
-        monkeypatch.setattr(plots, name, lambda *drawn: "<svg/>")
-    monkeypatch.setattr(plots, "divergence_over_bytes", lambda points: "<svg/>")
+def drawn(monkeypatch):
+    """What would be drawn: plots have tests of their own, and take most of the time."""
+    found = []
+    for name in ("scatter_svg", "heat_map_svg"):
+        monkeypatch.setattr(plots, name, lambda plot: found.append(plot) or "<svg/>")
+    monkeypatch.setattr(layer_map, "layer_map_svg", lambda plot: "<svg/>")
+    return found
 
 
 @pytest.fixture
-def report(write_json):
-    return lambda data: comparison(read_run(write_json(data)))
+def report(run_json):
+    return lambda data: comparison(parse_run(data, "x"))
 
 
 def under(blocks, title):
@@ -35,307 +45,199 @@ def under(blocks, title):
     return found
 
 
-def table(blocks, title, index=0):
+def rows(blocks, title, index=0):
     """A table under a heading, as {first cell: {column: cell}}."""
     found = [block for block in under(blocks, title) if isinstance(block, Table)][index]
     return {row[0].strip("`"): dict(zip(found.columns, row, strict=True)) for row in found.rows}
 
 
-def findings(blocks):
-    return list(dict.fromkeys(item for block in blocks if isinstance(block, Findings) for item in block.items))
-
-
-def ablation_records(data, subject, change):
-    for entry in data["benchmarks"]:
-        record = entry["extra_info"].get(JSON_KEY)
-        if record and record["subject"] == subject:
-            change(entry, record)
-
-
 def test_sections_come_in_order(run_json, report):
     titles = [block.text for block in report(run_json()) if isinstance(block, Heading) and block.level == 2]
-    sections = ["Footprint", "Weights", "Ladder", "Synthetic weights", "Blocks", "Kernels"]
-    sections += ["PLE row cache: hits", "PLE row cache: speed", "PLE below eight bits"]
-    sections += ["KV cache: errors", "KV cache: divergence", "KV cache: bytes"]
-    sections += ["Quality", "Sensitivity", "Recipes"]
+    sections = [section.title for section in SECTIONS]
     assert titles == ["Which policy for how many MB", "What else to know", *sections, "How this was measured"]
 
 
-@pytest.mark.parametrize(
-    ("kind", "said"),
-    [
-        ("trained-small", "small model trained for this repository, not of Gemma 4 E4B"),
-        ("synthetic", "synthetic"),
-        ("user", "`benchmarks/mini_gemma4`"),
-    ],
-)
-def test_the_first_line_says_whose_weights_they_are(kind, said, run_json, report):
-    heading, first, *_ = report(run_json("block", kind=kind))
-    assert isinstance(heading, Heading)
-    assert said in first.text
-
-
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.title)
-def test_a_subject_that_did_not_run_says_how_to_run_it(section, run_json, report):
-    others = [other.subject for other in SECTIONS if other.subject != section.subject]
-    (block,) = under(report(run_json(*others)), section.title)
-    assert block == Paragraph(f"Not run. To run it: `pytest {section.benchmark} --benchmark-json out.json`")
+def test_a_section_without_records_names_the_command(section, run_json, report):
+    subject = "footprint" if section.title != "Footprint" else "block"
+    (paragraph,) = under(report(run_json(subject, kind="user")), section.title)
+    command = f"pytest {section.benchmark} --checkpoint benchmarks/mini_gemma4 --benchmark-json out.json"
+    assert f"`{command}`" in paragraph.text
 
 
-def test_the_command_names_a_users_checkpoint(run_json, report):
-    (block,) = under(report(run_json("block", kind="user")), "Weights")
-    assert "--checkpoint benchmarks/mini_gemma4 --benchmark-json" in block.text
+def test_a_table_is_declared_as_columns_over_rows():
+    columns = (
+        Column("name", lambda pair: pair[0], text=True),
+        Column("value", lambda pair: pair[1], lambda value: f"{value:.1f}"),
+        Column("remark", lambda pair: pair[0] * 2, text=True),
+    )
+    found = table(columns, [("a", 1), ("b", 2.25)])
+    assert found.rows == (("a", "1.0", "aa"), ("b", "2.2", "bb"))
+    assert [found.is_text(index) for index in range(3)] == [True, False, True]
 
 
-@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.title)
-def test_a_record_without_a_label_is_told(section, run_json, report):
-    for label in section.labels:
-        data = run_json(section.subject)
-        ablation_records(data, section.subject, lambda _, record, label=label: record["labels"].pop(label))
-        with pytest.raises(ReportError, match=f"{section.subject}.*lacks '{label}'"):
-            report(data)
+def test_blocks_have_ratios_to_bf16_and_to_the_machine(run_json, report):
+    blocks = report(run_json("block"))
+    row = rows(blocks, "sliding_attention, 1 token")["int4-g128"]
+    assert list(row.values()) == ["`int4-g128`", "0.100", "0.0100", "1.00", "0.500×", "5.0", "5.00", "25%"]
+    assert "GB/s" not in rows(blocks, "sliding_attention, 16 tokens")["bf16"]
+    assert list(rows(blocks, "sliding_attention, 1 token")) == ["bf16", "original-1.58", "int4-g128", "fp32"]
 
 
-def test_records_of_an_unknown_subject_change_nothing(run_json, report):
+def test_an_unknown_bandwidth_is_missing_and_not_drawn(run_json, report, drawn):
     data = run_json("block")
-    other = {"subject": "later", "labels": {}, "metrics": {}, "details": {}}
-    expected = report(data)
-    data["benchmarks"].append({"name": "t", "extra_info": {JSON_KEY: other}})
-    assert report(data) == expected
+    report(data)
+    (line,) = drawn[-1].lines
+    # 20 GB/s: MB over GB/s is ms.
+    assert all(ms / 1e3 == pytest.approx(mb * 1e6 / 20e9) for mb, ms in line.points)
+    data[JSON_KEY]["read_bandwidth_gbs"] = None
+    assert rows(report(data), "full_attention, 1 token")["bf16"]["of read bandwidth"] == "—"
+    assert drawn[-1].lines == []
 
 
-@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.title)
-def test_without_values_every_number_prints_as_missing(section, run_json, report):
-    data = run_json(section.subject)
-
-    def empty(entry, record):
-        entry.pop("stats", None)
-        record["metrics"] = dict.fromkeys(record["metrics"])
-        record["details"] = {}
-
-    ablation_records(data, section.subject, empty)
-    blocks = under(report(data), section.title)
-    cells = [cell for block in blocks if isinstance(block, Table) for row in block.rows for cell in row[1:]]
-    assert cells
-    assert set(cells) == {"—"}
-    assert not any(isinstance(block, Figure) for block in blocks)
+def test_a_class_that_a_policy_does_not_quantize_has_no_value(run_json, report):
+    row = rows(report(run_json("weights")), "Weights")["original-1.58"]
+    assert row == {"policy": "`original-1.58`", "sliding_attention": "1.11", "mlp": "—"}
 
 
-def test_published_figures_stand_beside_computed_ones(run_json, report):
-    rows = table(report(run_json("footprint")), "E4B, as published, MB")
-    assert rows["bf16"] == {
-        "policy": "`bf16`",
-        "attention": "1,284.5 (1,284.5 ✓)",
-        "ple_hot": "107.5 (107.5 ✓)",
-        "total": "1,392.0",
-        "of bf16": "1.00×",
-    }
-    assert rows["original-1.58"]["attention"] == "207.0 (207.1 ✗)"
-    assert rows["original-1.58"]["of bf16"] == "0.226×"
-    assert rows["int4-g128"]["attention"] == "330.0"
-
-
-def test_bytes_that_no_layer_reads_are_told_apart(run_json, report):
-    blocks = under(report(run_json("footprint")), "Footprint")
-    assert any(isinstance(block, Paragraph) and "110.1 MB" in block.text for block in blocks)
-
-
-def test_footprint_findings(run_json, report):
-    found = findings(report(run_json("footprint")))
-    assert "Least resident bytes of E4B: `original-1.58` with 207.0 MB, 0.161× that of `bf16`." in found
-    assert any(text.startswith("3 of 4 published") and "`original-1.58` attention" in text for text in found)
-
-
-def test_errors_and_bits_by_policy_and_class(run_json, report):
-    blocks = report(run_json("weights"))
-    errors, bits = table(blocks, "Weights", 0), table(blocks, "Weights", 1)
-    assert errors["original-1.58"] == {"policy": "`original-1.58`", "sliding_attention": "1.11", "mlp": "—"}
-    assert errors["int4-g128"]["mlp"] == "0.0931"
-    assert bits["int4-g128"]["mlp"] == "4.125"
-
-
-def test_speed_is_held_against_the_slowest_where_no_copy_was_timed(run_json, report):
-    rows = table(report(run_json("weights")), "Speed of dequantize")
-    assert rows["int4-g128"]["sliding_attention"] == "2.00 (2.00×)"
-    assert rows["absmax-ternary"]["sliding_attention"] == "1.00 (1.00×)"
-    assert rows["absmax-ternary"]["mlp"] == "—"
-
-
-def test_speed_is_held_against_the_copy_where_it_was_timed(run_json, report):
+def test_a_class_with_several_specs_names_them_all(run_json, report):
     data = run_json("weights")
-    for tensor_class in ("sliding_attention", "mlp"):
-        labels = {"policy": "bf16", "tensor_class": tensor_class, "spec": "bf16", "op": "dequantize"}
-        record = {"subject": "weights", "labels": labels, "metrics": {"bytes_read": 1e7}, "details": {}}
-        data["benchmarks"].append({"name": "t", "extra_info": {JSON_KEY: record}, "stats": {"median": 0.0025}})
-    blocks = report(data)
-    assert table(blocks, "Speed of dequantize")["int4-g128"]["mlp"] == "2.00 (0.500×)"
-    assert "(2.00×)" not in table(blocks, "Speed of quantize")["int4-g128"]["mlp"]
-
-
-def test_weights_findings_name_the_worst_and_what_is_worse_than_zeros(run_json, report):
-    found = findings(report(run_json("weights")))
-    assert any("`original-1.58` sliding_attention (1.11), `int4-g128` mlp (0.0931)" in text for text in found)
-    assert "Relative L2 above 1, so worse than storing zeros: `absmax-ternary` on sliding_attention (1.11)." in found
-    assert any("`layers.0.sliding_attention` under `absmax-ternary` (1.12)" in text for text in found)
-
-
-def test_where_nothing_is_worse_than_zeros_the_findings_say_so(run_json, report):
-    data = run_json("weights")
-    ablation_records(
-        data, "weights", lambda _, record: record["metrics"].update(rel_l2=min(0.99, record["metrics"]["rel_l2"]))
-    )
-    found = findings(report(data))
-    assert any(
-        text.startswith("Under no policy is a whole class worse") and "`absmax-ternary`" in text for text in found
-    )
-    assert not any("above 1" in text for text in found)
-
-
-def test_a_sample_of_rows_is_told(run_json, report):
-    data = run_json("weights")
-    data[JSON_KEY]["sampled_rows"] = 256
-    assert "a seeded sample of 256 rows" in under(report(data), "Weights")[1].text
+    specs = (WeightSpec("int4"), WeightSpec("int8"))
+    record = made(WeightsRecord, policy="bf16", tensor_class="mlp", specs=specs, op="quantize", rel_l2=2.0)
+    data["benchmarks"].append(entry(record, 1.0))
+    assert "`int4, int8`" in under(report(data), "Weights")[0].items[0] + under(report(data), "Weights")[0].items[1]
+    assert "int4, int8" in rows(report(data), "Speed of quantize")
 
 
 def test_the_ladder_climbs_in_bits(run_json, report):
-    blocks = report(run_json("ladder"))
-    assert list(table(blocks, "mlp")) == ["int2", "int4-g128", "bf16"]
-    assert table(blocks, "mlp")["int2"] == {
-        "spec": "`int2`",
-        "bits per weight": "2.000",
-        "relative L2": "0.440",
-        "the same of Gaussian noise": "0.400",
-        "output relative L2": "—",
-        "over Shannon, dB": "4.51",
-        "over Lloyd-Max, dB": "—",
-    }
-    assert table(blocks, "Ladder")["sliding_attention"]["kurtosis"] == "3.60"
+    assert list(rows(report(run_json("ladder")), "mlp")) == ["int2", "int4-g128", "bf16"]
 
 
-def test_the_ladder_finding_leaves_the_control_out(run_json, report):
-    (found,) = findings(report(run_json("ladder")))
-    assert "on mlp (4.51 dB)" in found
-    assert "gaussian control" not in found
+def test_contexts_and_lengths_are_sorted_as_numbers(run_json, report):
+    blocks = report(run_json("kv_divergence", "kv_bytes"))
+    assert list(rows(blocks, "KV cache: divergence")["int4"])[3:] == ["at 128", "at 1024"]
+    assert list(rows(blocks, "KV cache of E4B, MB")["bf16"])[1::2] == ["1,024 tokens", "131,072 tokens"]
 
 
-def test_synthetic_weights_have_errors_by_distribution_and_an_estimate_for_e4b(run_json, report):
-    blocks = report(run_json("synthetic"))
-    errors, speeds = [block for block in blocks if isinstance(block, Table)][:2]
-    assert errors.columns == ("spec", "bits per weight", "Shannon's bound", "Gaussian", "Laplace")
-    assert errors.rows[0] == ("`absmax4`", "4.006", "0.0622", "0.100", "0.120")
-    # 10 MB in 10 and in 50 ms; three billion weights are 6 GB in bf16.
-    assert speeds.rows == (("`absmax4`", "1.00 (1.00×)", "0.10 min"), ("`int4-g128`", "0.200 (0.200×)", "0.50 min"))
-    assert any("at most 0.50 min (`int4-g128`)" in finding for finding in findings(blocks))
+def test_divergences_that_are_rounding_are_not_drawn(run_json, report, drawn):
+    report(run_json("kv_divergence"))
+    assert {point.series for point in drawn[0].points} == {"bf16", "int4", "original", "p-rope"}
 
 
-def test_block_times_have_ratios_to_bf16_and_to_the_machine(run_json, report):
-    blocks = report(run_json("block"))
-    assert table(blocks, "sliding_attention, 1 token")["int4-g128"] == {
-        "policy": "`int4-g128`",
-        "error of what is added": "0.100",
-        "error of the output": "0.0100",
-        "ms": "1.00",
-        "of bf16": "0.500×",
-        "weights, MB": "5.0",
-        "GB/s": "5.00",
-        "of read bandwidth": "25%",
-    }
-    assert "GB/s" not in table(blocks, "sliding_attention, 16 tokens")["bf16"]
-
-
-def test_block_tables_are_in_the_order_of_tokens_and_policies(run_json, report):
-    blocks = under(report(run_json("block")), "Blocks")
-    titles = [block.text for block in blocks if isinstance(block, Heading)]
-    assert titles[:2] == ["sliding_attention, 1 token", "sliding_attention, 16 tokens"]
-    assert list(table(blocks, titles[0])) == ["bf16", "original-1.58", "int4-g128", "fp32"]
-
-
-def test_products_with_packed_weights_have_ratios_to_bf16_and_to_the_machine(run_json, report):
-    blocks = report(run_json("kernels"))
-    assert table(blocks, "up [10240, 2560], 1 token")["int4 int8"] == {
-        "stored as, activations": "`int4 int8`",
-        "computed by": "`avx2, int8 activations`",
-        "error": "0.0070",
-        "ms": "0.400",
-        "of torch bf16": "0.200×",
-        "GB/s": "10.0",
-        "of read bandwidth": "50%",
-    }
-    assert "GB/s" not in table(blocks, "up [10240, 2560], 16 tokens")["int4 int8"]
-    said = "One token by `up [10240, 2560]`: fastest is `int4 int8`, 5.00 times as fast as `torch bf16`."
-    assert said in findings(blocks)
-
-
-def test_tokens_that_are_no_number_are_told(run_json, report):
-    data = run_json("block")
-    data["benchmarks"][1]["extra_info"][JSON_KEY]["labels"]["tokens"] = "many"
-    with pytest.raises(ReportError, match="'many'"):
-        report(data)
-
-
-def test_an_unknown_bandwidth_is_missing_and_not_drawn(run_json, report):
-    data = run_json("block")
-    data[JSON_KEY]["read_bandwidth_gbs"] = None
-    blocks = report(data)
-    assert table(blocks, "full_attention, 1 token")["bf16"]["of read bandwidth"] == "—"
-    (figure,) = [block for block in blocks if isinstance(block, Figure)]
-    assert "reading" not in figure.alt
-
-
-def test_the_least_error_within_each_size_leaves_out_what_is_beaten(run_json, report):
-    data = run_json("footprint", "block")
-
-    def spoil(_, record):
-        if record["labels"]["policy"] == "bf16":
-            record["metrics"]["added_rel_l2"] = 0.5
-
-    expected = "adds: `original-1.58` (207.0 MB, 0.900), `int4-g128` (330.0 MB, 0.100), `bf16` (1,284.5 MB, 0.00200)."
-    assert any(text.endswith(expected) for text in findings(report(data)))
-    ablation_records(data, "block", spoil)
-    expected = "adds: `original-1.58` (207.0 MB, 0.900), `int4-g128` (330.0 MB, 0.100)."
-    assert any(text.endswith(expected) for text in findings(report(data)))
-
-
-def test_the_fastest_and_slowest_blocks_are_found(run_json, report):
-    found = findings(report(run_json("block")))
-    assert any(
-        "sliding_attention" in text and "fastest `int4-g128` (0.500×), slowest `fp32` (2.00×)" in text for text in found
+def test_layers_have_a_panel_for_each_spec(run_json, report, drawn):
+    data = run_json("sensitivity")
+    record = made(
+        SensitivityRecord, tensor_class="mlp", spec="int3-g128", text="evaluation", layer=7, kl_divergence=0.5
     )
+    data["benchmarks"].append(entry(record))
+    assert "mlp, layer 7 `int3-g128" in rows(report(data), "On the evaluation text")
+    cells = drawn[-1]
+    assert plots.Cell("int3-g128", "mlp", "7", 0.5) in cells
+    assert {cell.value for cell in cells if (cell.row, cell.column) == ("mlp", "int4")} == {0.008 * 1.1}
+
+
+def test_recipes_go_by_their_name_everywhere(run_json, report, drawn):
+    data = run_json()
+    data["benchmarks"].append(entry(recipe("original-1.58", "chosen", 25_600_000, 0.001), 1.0))
+    blocks = report(data)
+    choice = rows(blocks, "Which policy for how many MB")
+    assert [row["choose"] for row in choice.values()] == ["`recipe, 25.6 MB`", "`bf16`"]
+    strings = rows(blocks, "The recipes among these")
+    assert strings["recipe, 25.6 MB"]["what `--policy` takes for it"].startswith("`sliding_attention=int4-g128,mlp=")
+    assert "recipe, 26.5 MB" in rows(blocks, "Quality")
+    assert rows(blocks, "Recipes")["original-1.58"]["recipe"] == "`recipe, 25.6 MB`"
+    (plot,) = (plot for plot in drawn if isinstance(plot, plots.Scatter) and plot.x.label == "resident MB")
+    assert {point.name for point in plot.points} >= {"recipe, 25.6 MB", "recipe, 26.5 MB", "int4-g128"}
+    assert {point.series for point in plot.points} >= {"recipes", "recipe, 26.5 MB"}
+    texts = [text for block in blocks for text in getattr(block, "items", [getattr(block, "text", "")])]
+    named = [text for text in texts if RECIPE in text]
+    assert all("`recipe, 26.5 MB`" in text for text in named)
+    assert not any("recipe at" in text for text in texts)
+
+
+def test_without_quality_a_block_decides_and_nothing_is_drawn(run_json, report):
+    blocks = report(run_json("footprint", "block"))
+    found = rows(blocks, "Which policy for how many MB")
+    assert [row["choose"] for row in found.values()] == ["`original-1.58`", "`int4-g128`", "`bf16`"]
+    assert "error of a block" in next(iter(found.values()))
+    assert not any(isinstance(block, Figure) for block in under(blocks, "Which policy for how many MB"))
+
+
+@pytest.mark.parametrize("subject", ["ladder", "block", "footprint"])
+def test_without_a_size_or_an_error_the_command_is_named(subject, run_json, report):
+    (paragraph,) = under(report(run_json(subject, kind="user")), "Which policy for how many MB")
+    assert isinstance(paragraph, Paragraph)
+    assert "`pytest benchmarks/test_quality.py --checkpoint benchmarks/mini_gemma4" in paragraph.text
+
+
+def test_a_users_checkpoint_is_not_compared_with_e4b(run_json, report):
+    titles = [
+        next(iter(rows(report(run_json(kind=kind)), "Which policy for how many MB").values()))
+        for kind in ("trained-small", "user")
+    ]
+    assert ["E4B's resident MB" in row for row in titles] == [True, False]
 
 
 def test_every_figure_has_a_text_and_a_name_of_its_own(run_json, report):
     figures = [block for block in report(run_json()) if isinstance(block, Figure)]
-    assert len(figures) == len({figure.file_name for figure in figures}) == 8
+    assert len(figures) == len({figure.file_name for figure in figures}) == 10
     assert all(len(figure.alt) > 40 for figure in figures)
-
-
-def test_how_this_was_measured(run_json, report):
-    blocks = report(run_json("block"))
-    facts = table(blocks, "How this was measured")
-    assert facts["commit"]["value"] == "—"
-    assert facts["processor"]["value"] == "`a processor | with a bar`"
-    assert facts["read bandwidth"]["value"] == "20.0 GB/s"
-    assert table(blocks, "How this was measured", 1)["torch"]["version"] == "`2.9.0`"
-    assert table(blocks, "How this was measured", 2)["int4-g128"]["stands for"].startswith("`mlp=int4-g128")
 
 
 def test_facts_that_are_not_there_are_missing(run_json, report):
     data = run_json("block")
-    checkpoint = {"source": "x", "kind": "user"}
-    data[JSON_KEY] = {"schema_version": 1, "checkpoint": checkpoint}
-    facts = table(report(data), "How this was measured")
+    data[JSON_KEY] = {"schema_version": data[JSON_KEY]["schema_version"], "checkpoint": {"source": "x", "kind": "user"}}
+    facts = rows(report(data), "How this was measured")
     assert {facts[name]["value"] for name in ("fingerprint", "bytes", "processor", "threads", "seed")} == {"—"}
 
 
-@pytest.mark.parametrize(
-    ("spec", "series"),
-    [
-        ("int4-g128", "int"),
-        ("int4", "int"),
-        ("int2-g32+had64+gptq", "int+had+gptq"),
-        ("absmax3-packed", "absmax-packed"),
-        ("ternary-g128", "ternary"),
-    ],
-)
-def test_specs_that_differ_in_size_alone_are_one_series(spec, series):
-    assert scheme(spec) == series
+def test_of_many_tests_that_are_missing_a_few_are_named(run_json, report):
+    data = run_json("block")
+    data[JSON_KEY]["missing"] = [f"benchmarks/test_kv.py::test_kv[int{number}]" for number in range(9)]
+    (missing,) = (block for block in report(data) if isinstance(block, Table) and block.columns[0] == "test")
+    assert missing.rows[0][1].endswith("`int5`, and 3 more")
+    assert missing.rows[0][2] == "9"
+
+
+def test_the_baseline_has_a_table_for_each_metric_that_moved_worst_first(run_json):
+    def run_of(*divergences):
+        data = run_json("block")
+        data["benchmarks"] = [entry(quality(f"p{index}", 1e6, value)) for index, value in enumerate(divergences)]
+        return parse_run(data, "x")
+
+    now, before = run_of(0.125, 0.1), run_of(0.1, 0.2)
+    blocks = comparison(now, compare(now, before))
+    found = [block for block in under(blocks, "kl_divergence") if isinstance(block, Table)]
+    assert found[0].rows == (
+        ("quality", "`policy=p0`", "worse", "0.1000 nat", "0.1250 nat", "+25%"),
+        ("quality", "`policy=p1`", "better", "0.2000 nat", "0.1000 nat", "-50%"),
+    )
+    assert "resident_nbytes" in rows(blocks, "Unchanged")
+
+
+def test_labels_read_back_as_a_condition():
+    labels = {"policy": "mlp=int4,ple=lru:7", "tensor_class": "mlp"}
+    assert Condition.parse(f"rel_l2[{labels_text(labels)}]:1").where == labels
+
+
+def test_records_without_metrics_leave_no_section_without_a_table(run_json, report):
+    data = run_json("block")
+    labels = {"policy": "bf16", "layer_type": "sliding_attention", "tokens": 1}
+    data["benchmarks"] = [entry(made(BlockRecord, **labels)), entry(made(QualityRecord, policy="bf16", spec="kv=bf16"))]
+    assert rows(report(data), "sliding_attention, 1 token")["bf16"]["ms"] == "—"
+    assert rows(report(data), "Quality")["bf16"]["KL divergence"] == "—"
+
+
+def test_sections_import_no_other_and_analysis_imports_no_block():
+    package = Path(sections.__file__).parent
+    parts = {path.stem for path in package.glob("*.py")} - {"__init__"}
+    for path in package.glob("*.py"):
+        names = {
+            alias.name
+            for node in ast.walk(ast.parse(path.read_text("utf-8")))
+            if isinstance(node, ast.ImportFrom) and node.module == "epic_quant.report.sections"
+            for alias in node.names
+        }
+        assert names == (parts if path.stem == "__init__" else set())
+    for path in (package.parent / "analysis").glob("*.py"):
+        assert "report.blocks" not in path.read_text("utf-8")

@@ -40,7 +40,7 @@ def _block():
 def _quality():
     for policy, divergence in (("bf16", 0.0), ("int4-g128", 0.02)):
         metrics = {"kl_divergence": divergence, "top1_agreement": 1 - divergence}
-        yield Record("quality", {"policy": policy}, metrics), 1.0
+        yield Record("quality", {"policy": policy}, metrics, {"spec": "mlp=int4-g128"}), 1.0
 
 
 def _weights():

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from epic_quant.records import METRICS, Record
-from epic_quant.results.comparison import Ablation, Difference, compare
+from epic_quant.results.comparison import Change, Difference, compare
 from epic_quant.results.reading import parse_run
 from epic_quant.results.run import Run
 
@@ -14,7 +14,7 @@ def run(run_json):
 
 
 def change(metric, before, now):
-    return Ablation("quality", {}, METRICS[metric], before, now)
+    return Change("quality", {}, METRICS[metric], before, now)
 
 
 @given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))

@@ -18,7 +18,8 @@ def facts(run_json):
 
 
 def record(number):
-    return Record("block", {"policy": str(number)}, {"added_rel_l2": number / 10})
+    labels = {"policy": str(number), "layer_type": "full_attention", "tokens": "1"}
+    return Record("block", labels, {"added_rel_l2": number / 10})
 
 
 @pytest.fixture

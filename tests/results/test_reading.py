@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from epic_quant.errors import ReportError
 from epic_quant.records import JSON_KEY, SCHEMA_VERSION
+from epic_quant.records.subjects import BlockRecord, FootprintRecord
 from epic_quant.results.reading import read_run
 
 COMMAND = "pytest benchmarks --benchmark-json out.json"
@@ -32,12 +33,12 @@ def test_records_come_in_order_and_other_entries_are_ignored(run_json, write_jso
 
 def test_the_median_becomes_the_records_time(run_json, write_json):
     run = read_run(write_json(run_json("block")))
-    assert run.value("block", "time_s", policy="fp32", layer_type="full_attention", tokens="1") == 0.004
+    assert run.one(BlockRecord, policy="fp32", layer_type="full_attention", tokens=1).time_s == 0.004
 
 
 def test_a_record_without_stats_has_no_time(run_json, write_json):
     run = read_run(write_json(run_json("footprint")))
-    assert run.value("footprint", "time_s") is None
+    assert run.one(FootprintRecord).time_s is None
 
 
 def test_nan_is_missing_and_infinity_stays(run_json, write_json):
@@ -107,6 +108,12 @@ def test_a_run_without_our_records_is_told(change, run_json, write_json):
     assert COMMAND in text
 
 
+def test_an_older_schema_is_refused_in_one_line(run_json, write_json):
+    data = run_json("block")
+    data[JSON_KEY]["schema_version"] = 1
+    assert "made by an older epic_quant (schema version 1); measure again" in error_of(write_json(data))
+
+
 def test_a_newer_schema_is_told_with_both_versions(run_json, write_json):
     data = run_json("block")
     data[JSON_KEY]["schema_version"] = SCHEMA_VERSION + 1
@@ -126,6 +133,8 @@ def test_a_newer_schema_is_told_with_both_versions(run_json, write_json):
         ("policies", [1], "policies"),
         ("versions", [], "versions"),
         ("policy_strings", "x", "policy_strings"),
+        ("policy_strings", {"mine": "mpl=int4"}, "unknown tensor class 'mpl'"),
+        ("policy_strings", {"mine": 4}, "damaged run facts"),
         ("read_bandwidth_gbs", "fast", "read_bandwidth_gbs"),
     ],
 )
@@ -141,13 +150,13 @@ def test_damaged_facts_are_named(name, value, named, run_json, write_json):
         {"subject": 1},
         {"labels": ["policy"]},
         {"labels": {"policy": 4}},
+        {"labels": {"policy": "bf16", "layer_type": "full_attention", "tokens": "many"}},
         {"metrics": None},
         {"metrics": {"rel_l2": "small"}},
         {"metrics": {"rel_l2": True}},
         {"metrics": {"no_such_metric": 1.0}},
-        {"details": {"parts": [1, 2]}},
-        {"details": {"published": {"mlp": "1653.4"}}},
-        {"details": {"unused_nbytes": "110"}},
+        {"details": {"computed_by": "avx2"}},
+        {"details": {"parts": {}}},
     ],
     ids=str,
 )

@@ -1,13 +1,12 @@
-// AVX2 with FMA and F16C. Compiled for them as a whole, so nothing here may be inlined elsewhere: all but the table is
-// in an anonymous namespace, and no template of the standard library is used.
+// AVX2 with FMA and F16C. Compiled for them as a whole, so nothing here may be inlined elsewhere: all but the
+// instruction set itself is in an anonymous namespace, and nothing of the standard library is used that makes code.
 #ifdef _MSC_VER
 #include <intrin.h>
 #endif
 
 #define EPIC_QUANT_AVX2
-#include "linear_avx2.h"
+#include "gemm_avx2.h"
 #include "quantize.h"
-#include "table.h"
 
 namespace epic_quant {
 namespace {
@@ -24,13 +23,23 @@ bool runs_here() {
 #endif
 }
 
-void tokens_int8(const Linear& job, std::size_t begin, std::size_t end, void* scratch) {
-  by_coding(job.weights, [&](auto kernel) { kernel.tokens_int8_kernel(job, begin, end, scratch); });
+Kernels kernels(const Format& format, const Layout& layout) {
+  Kernels kernels = row_kernels(format);
+  kernels.pack_activations = pack_activations;
+  by_product_kind(format, [&](auto kind) {
+    using Kind = decltype(kind);
+    by_blocks(layout, [&](auto blocks) {
+      kernels.gemv_int8 = gemv<Kind, 1, blocks.value>;
+      kernels.gemv_fp32 = gemv<Kind, kMaxLimbs, blocks.value>;
+      kernels.gemm_int8 = gemm_int8<Kind, blocks.value>;
+    });
+    kernels.gemm_fp32 = gemm_fp32<Kind, Bytes<32>, Tile>;
+  });
+  return kernels;
 }
 
 }  // namespace
 
-const Table avx2_table = {"avx2", runs_here, prepare, token, tokens_int8, tokens_fp32,
-                          quantize_rows, dequantize_rows, turn_rows};
+const Isa avx2_isa = {"avx2", runs_here, kernels, rotate_rows};
 
 }  // namespace epic_quant

@@ -1,20 +1,20 @@
 // AVX-512 with VNNI, and all that AVX2 has. Compiled for them as a whole, so nothing here may be inlined elsewhere: all
-// but the table is in an anonymous namespace, and no template of the standard library is used.
+// but the instruction set itself is in an anonymous namespace, and nothing of the standard library is used that makes
+// code.
 #ifdef _MSC_VER
 #include <intrin.h>
 #endif
 
 #define EPIC_QUANT_AVX2
-#define EPIC_QUANT_VNNI
-#include "linear_avx512.h"
+#define EPIC_QUANT_AVX512
+#include "gemm_avx512.h"
 #include "quantize.h"
-#include "table.h"
 
 namespace epic_quant {
 namespace {
 
 bool runs_here() {
-  if (!avx2_table.runs_here()) return false;
+  if (!avx2_isa.runs_here()) return false;
 #ifdef _MSC_VER
   int leaf7[4];
   __cpuidex(leaf7, 7, 0);
@@ -28,15 +28,23 @@ bool runs_here() {
 #endif
 }
 
-void tokens_int8(const Linear& job, std::size_t begin, std::size_t end, void* scratch) {
-  by_coding(job.weights, [&](auto kernel) {
-    tokens_int8_lanes<kernel.coding, kernel.has_levels>(job, begin, end, scratch);
+Kernels kernels(const Format& format, const Layout& layout) {
+  Kernels kernels = row_kernels(format);
+  kernels.pack_activations = pack_lanes;
+  by_product_kind(format, [&](auto kind) {
+    using Kind = decltype(kind);
+    by_blocks(layout, [&](auto blocks) {
+      kernels.gemv_int8 = gemv<Kind, 1, blocks.value>;
+      kernels.gemv_fp32 = gemv<Kind, kMaxLimbs, blocks.value>;
+    });
+    kernels.gemm_int8 = gemm_int8<Kind>;
+    kernels.gemm_fp32 = gemm_fp32<Kind, Bytes<32>, Tile>;
   });
+  return kernels;
 }
 
 }  // namespace
 
-const Table avx512vnni_table = {"avx512vnni", runs_here,     prepare_lanes,   token,    tokens_int8,
-                                tokens_fp32,  quantize_rows, dequantize_rows, turn_rows};
+const Isa avx512vnni_isa = {"avx512vnni", runs_here, kernels, rotate_rows};
 
 }  // namespace epic_quant

@@ -1,15 +1,13 @@
 // Bindings only. Addresses come as integers: `epic_quant.kernels` has checked shapes, dtypes and memory before.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
-#include <cstring>
 #include <stdexcept>
 #include <string>
 
-#include "linear.h"
-#include "module.h"
+#include "matrix.h"
 #include "parallel.h"
-#include "table.h"
 
 namespace nb = nanobind;
 using namespace epic_quant;
@@ -17,69 +15,77 @@ using namespace epic_quant;
 namespace {
 
 // Fastest first.
-const Table* const tables[] = {
+const Isa* const kIsas[] = {
 #ifdef EPIC_QUANT_X86
-    &avx512vnni_table, &avx2_table,
+    &avx512vnni_isa, &avx2_isa,
 #endif
-    &portable_table,
+    &portable_isa,
 };
 
 nb::list isas() {
   nb::list names;
-  for (const Table* table : tables)
-    if (table->runs_here()) names.append(table->name);
+  for (const Isa* isa : kIsas)
+    if (isa->runs_here()) names.append(isa->name);
   return names;
 }
 
-}  // namespace
-
-const Table& epic_quant::table_of(const std::string& isa) {
-  for (const Table* table : tables)
-    if (isa == table->name && table->runs_here()) return *table;
-  throw std::invalid_argument("no kernels for " + isa);
+const Isa& isa_of(const std::string& name) {
+  for (const Isa* isa : kIsas)
+    if (name == isa->name && isa->runs_here()) return *isa;
+  throw std::invalid_argument("no kernels for '" + name + "'");
 }
 
-namespace {
+template <class T>
+T* at(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
 
-// A matrix whose memory somebody else keeps.
-struct Matrix {
-  const Table* table;
-  Weights weights;
+Format format_of(const std::string& coding, const std::vector<int>& levels, int rounding, float divisor,
+                 double gaussian_step, double peak_level, bool either_sign) {
+  return make_format(coding, levels, static_cast<Rounding>(rounding), divisor, gaussian_step, peak_level, either_sign);
+}
 
-  Matrix(const std::string& isa, std::uintptr_t packed, std::uintptr_t scale, std::size_t rows, std::size_t cols,
-         std::size_t row_nbytes, std::size_t num_scales, int coding, int zero, nb::bytes levels)
-      : table(&table_of(isa)), weights{} {
-    weights.packed = reinterpret_cast<const std::uint8_t*>(packed);
-    weights.scale = reinterpret_cast<const std::uint16_t*>(scale);
-    weights.rows = rows;
-    weights.cols = cols;
-    weights.row_nbytes = row_nbytes;
-    weights.num_scales = num_scales;
-    weights.coding = static_cast<Coding>(coding);
-    weights.zero = zero;
-    weights.has_levels = levels.size() > 0;
-    std::memcpy(weights.levels, levels.c_str(), levels.size() < 16 ? levels.size() : 16);
-  }
-
-  void linear(std::uintptr_t x, std::size_t tokens, std::uintptr_t out, bool int8, int num_threads) const {
-    nb::gil_scoped_release release;
-    epic_quant::linear(*table, weights, reinterpret_cast<const float*>(x), tokens, reinterpret_cast<float*>(out),
-                       int8 ? Activations::int8 : Activations::fp32, num_threads);
-  }
-};
+StoredMatrix matrix_of(const std::string& isa, const Format& format, std::size_t block, std::uintptr_t signs,
+                       std::size_t rows, std::size_t cols, std::size_t num_scales, std::uintptr_t packed,
+                       std::uintptr_t scale) {
+  return make_matrix(isa_of(isa), format, {block, at<float>(signs)}, rows, cols, num_scales, at<std::uint8_t>(packed),
+                     at<std::uint16_t>(scale));
+}
 
 }  // namespace
 
 NB_MODULE(_native, module) {
+  using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+
   module.def("isas", &isas, "The instruction sets that there are kernels for and this machine has, fastest first.");
   module.def("threads_of", &threads_of);
   module.def("sum_of_words", [](std::uintptr_t words, std::size_t count, int num_threads) {
-    nb::gil_scoped_release release;
-    return sum_of_words(reinterpret_cast<const std::uint64_t*>(words), count, num_threads);
-  });
-  nb::class_<Matrix>(module, "Matrix")
-      .def(nb::init<const std::string&, std::uintptr_t, std::uintptr_t, std::size_t, std::size_t, std::size_t,
-                    std::size_t, int, int, nb::bytes>())
-      .def("linear", &Matrix::linear);
-  bind_rows(module);
+    return sum_of_words(at<std::uint64_t>(words), count, num_threads);
+  }, Unlocked());
+
+  nb::class_<Format>(module, "Format")
+      .def(nb::new_(&format_of))
+      .def("row_nbytes", [](const Format& format, std::size_t cols) { return row_nbytes(format.coding, cols); });
+
+  nb::class_<StoredMatrix>(module, "Matrix")
+      .def(nb::new_(&matrix_of))
+      .def_prop_ro("has_matmul", &StoredMatrix::has_products)
+      .def("matmul", [](const StoredMatrix& matrix, std::uintptr_t x, std::size_t tokens, std::uintptr_t out, bool int8,
+                        int num_threads) {
+        matmul(matrix, at<float>(x), tokens, at<float>(out), int8 ? Activations::int8 : Activations::fp32, num_threads);
+      }, Unlocked())
+      .def("quantize", [](const StoredMatrix& matrix, int element, std::uintptr_t weight, int num_threads) {
+        return static_cast<std::ptrdiff_t>(
+            quantize(matrix, static_cast<Element>(element), at<void>(weight), num_threads));
+      }, Unlocked())
+      .def("dequantize", [](const StoredMatrix& matrix, int element, std::uintptr_t weight, bool rotated,
+                            int num_threads) {
+        dequantize(matrix, static_cast<Element>(element), at<void>(weight), rotated, num_threads);
+      }, Unlocked());
+
+  module.def("rotate", [](const std::string& isa, std::size_t block, std::uintptr_t signs, bool inverse,
+                          std::size_t rows, std::size_t cols, std::uintptr_t from, std::uintptr_t to,
+                          int num_threads) {
+    rotate(isa_of(isa), {block, at<float>(signs)}, inverse, rows, cols, at<float>(from), at<float>(to), num_threads);
+  }, Unlocked());
 }

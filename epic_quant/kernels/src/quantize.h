@@ -1,13 +1,13 @@
-// Quantizing a row, decoding it and turning it; compiled once for each instruction set. The torch code in
-// epic_quant/quant/ says what is computed, and this gives its bits: sums are exact, so their order does not matter.
+// Quantizing rows and decoding them; compiled once for each instruction set. The torch code in epic_quant/quant/ says
+// what is computed, and this gives its bits: sums are exact, so their order does not matter.
 #pragma once
 
 #include <math.h>
 
-#include <cstring>
-
+#include "codes.h"
 #include "eight.h"
-#include "rows.h"
+#include "format.h"
+#include "hadamard.h"
 
 namespace epic_quant {
 namespace {
@@ -42,20 +42,20 @@ inline void store(Element element, Eight x, char* to) {
 inline bool read_row(Element element, const void* rows, std::size_t row, std::size_t cols, float* to) {
   const std::size_t size = size_of(element), whole = cols / 8 * 8;
   const char* from = static_cast<const char*>(rows) + row * cols * size;
-  TopBits top;
+  MaxAbsBits max_abs;
   for (std::size_t at = 0; at < whole; at += 8) {
     const Eight x = load(element, from + at * size);
-    top.add(x);
+    max_abs.add(x);
     x.store(to + at);
   }
   if (whole < cols) {
     char rest[32] = {};
     std::memcpy(rest, from + whole * size, (cols - whole) * size);
     const Eight x = load(element, rest);
-    top.add(x);
+    max_abs.add(x);
     x.store(to + whole);
   }
-  return top.total() < 0x7F800000;
+  return max_abs.total() < 0x7F800000;
 }
 
 inline void write_row(Element element, const float* from, std::size_t row, std::size_t cols, void* rows) {
@@ -72,179 +72,34 @@ inline void write_row(Element element, const float* from, std::size_t row, std::
   }
 }
 
-// ---- codes to bytes (little-endian machines) ----
-
-// Eight codes of `Bits` bits as bytes, and as the lowest bits of a word: neighbours move together, then pairs, then
-// pairs of pairs.
-template <int Bits>
-struct Eights {
-  static constexpr std::uint64_t ones = (std::uint64_t{1} << Bits) - 1, twos = (std::uint64_t{1} << 2 * Bits) - 1;
-  static constexpr std::uint64_t fours = (std::uint64_t{1} << 4 * Bits) - 1;
-  static constexpr std::uint64_t each = ones * 0x0001000100010001u, each_two = twos * 0x0000000100000001u;
-
-  static std::uint64_t join(std::uint64_t x) {
-    x = (x & each) | (x >> 8 & each) << Bits;
-    x = (x & each_two) | (x >> 16 & each_two) << 2 * Bits;
-    return (x & fours) | (x >> 32 & fours) << 4 * Bits;
-  }
-  static std::uint64_t split(std::uint64_t x) {
-    x = (x & fours) | (x >> 4 * Bits & fours) << 32;
-    x = (x & each_two) | (x >> 2 * Bits & each_two) << 16;
-    return (x & each) | (x >> Bits & each) << 8;
-  }
-};
-
-template <int Bits>
-void pack_row(const std::uint8_t* codes, std::size_t cols, std::uint8_t* to) {
-  std::uint64_t x;
-  std::size_t left = row_nbytes(Bits, cols);
-  for (; left >= 8; codes += 8, to += Bits, left -= Bits) {
-    std::memcpy(&x, codes, 8);
-    x = Eights<Bits>::join(x);
-    std::memcpy(to, &x, 8);  // what is written too much comes anew
-  }
-  for (; left; codes += 8) {
-    std::memcpy(&x, codes, 8);
-    x = Eights<Bits>::join(x);
-    for (int byte = 0; byte < Bits && left; ++byte, --left, x >>= 8) *to++ = static_cast<std::uint8_t>(x);
-  }
-}
-
-template <int Bits>
-void unpack_row(const std::uint8_t* from, std::size_t cols, std::uint8_t* codes) {
-  std::uint64_t x;
-  std::size_t left = row_nbytes(Bits, cols);
-  for (; left >= 8; codes += 8, from += Bits, left -= Bits) {
-    std::memcpy(&x, from, 8);
-    x = Eights<Bits>::split(x);
-    std::memcpy(codes, &x, 8);
-  }
-  for (; left; codes += 8) {
-    x = 0;
-    for (int byte = 0; byte < Bits && left; ++byte, --left) x |= std::uint64_t{*from++} << 8 * byte;
-    x = Eights<Bits>::split(x);
-    std::memcpy(codes, &x, 8);
-  }
-}
-
-inline void pack_trits(const std::uint8_t* codes, std::size_t cols, std::uint8_t* to) {
-  for (std::size_t at = 0; at < cols; at += 5, codes += 5)
-    *to++ = static_cast<std::uint8_t>(codes[0] + 3 * codes[1] + 9 * codes[2] + 27 * codes[3] + 81 * codes[4]);
-}
-
-// The digits of a byte, in the bytes of a word.
-struct Trits {
-  std::uint64_t of_byte[256];
-  Trits() {
-    for (unsigned byte = 0; byte < 256; ++byte) {
-      of_byte[byte] = 0;
-      for (unsigned digit = 0, rest = byte; digit < 5; ++digit, rest /= 3)
-        of_byte[byte] |= std::uint64_t{rest % 3} << 8 * digit;
-    }
-  }
-};
-
-inline void unpack_trits(const std::uint8_t* from, std::size_t cols, std::uint8_t* codes) {
-  static const Trits trits;
-  for (std::size_t at = 0; at < cols; at += 5, codes += 5) std::memcpy(codes, &trits.of_byte[*from++], 8);
-}
-
-// Reads up to seven codes beyond `cols`, which must be zeros.
-inline void pack_row(int bits, const std::uint8_t* codes, std::size_t cols, std::uint8_t* to) {
-  switch (bits) {
-    case 0: return pack_trits(codes, cols, to);
-    case 1: return pack_row<1>(codes, cols, to);
-    case 2: return pack_row<2>(codes, cols, to);
-    case 3: return pack_row<3>(codes, cols, to);
-    case 4: return pack_row<4>(codes, cols, to);
-    case 5: return pack_row<5>(codes, cols, to);
-    case 6: return pack_row<6>(codes, cols, to);
-    case 7: return pack_row<7>(codes, cols, to);
-    default: std::memcpy(to, codes, cols);
-  }
-}
-
-// Writes up to seven codes beyond `cols`.
-inline void unpack_row(int bits, const std::uint8_t* from, std::size_t cols, std::uint8_t* codes) {
-  switch (bits) {
-    case 0: return unpack_trits(from, cols, codes);
-    case 1: return unpack_row<1>(from, cols, codes);
-    case 2: return unpack_row<2>(from, cols, codes);
-    case 3: return unpack_row<3>(from, cols, codes);
-    case 4: return unpack_row<4>(from, cols, codes);
-    case 5: return unpack_row<5>(from, cols, codes);
-    case 6: return unpack_row<6>(from, cols, codes);
-    case 7: return unpack_row<7>(from, cols, codes);
-    default: std::memcpy(codes, from, cols);
-  }
-}
-
-// ---- the turn ----
-
-// Sylvester's Hadamard matrix, entries of 1, times each block: sums and differences of numbers 1, 2, 4 … apart.
-inline void transform(float* row, std::size_t cols, std::size_t block) {
-  if (block > 1)
-    for (std::size_t at = 0; at < cols; at += 8) {
-      Eight x = Eight::load(row + at).butterfly1();
-      if (block > 2) x = x.butterfly2();
-      if (block > 4) x = x.butterfly4();
-      x.store(row + at);
-    }
-  for (std::size_t start = 0; start < cols && block > 8; start += block)
-    for (std::size_t apart = 8; apart < block; apart *= 2)
-      for (std::size_t pair = start; pair < start + block; pair += 2 * apart)
-        for (std::size_t at = pair; at < pair + apart; at += 8) {
-          const Eight a = Eight::load(row + at), b = Eight::load(row + at + apart);
-          (a + b).store(row + at);
-          (a - b).store(row + at + apart);
-        }
-}
-
-// Beyond this no scale is left to store, and the sums of a turn must not overflow.
+// Beyond this no scale is left to store, and the sums of a rotation must not overflow.
 inline void bound(float* row, std::size_t cols) {
   const Eight high = Eight::of(0x1p100f), low = Eight::of(-0x1p100f);
   for (std::size_t at = 0; at < cols; at += 8) smaller(larger(Eight::load(row + at), low), high).store(row + at);
 }
 
-inline void turn(const Turn& turn, float* row, std::size_t cols) {
-  for (std::size_t at = 0; at < cols; at += 8) {
-    float signs[8] = {};
-    std::memcpy(signs, turn.signs + at, (cols - at < 8 ? cols - at : 8) * sizeof(float));
-    (Eight::load(row + at) * Eight::load(signs)).store(row + at);
-  }
-  transform(row, cols, turn.block);
-}
-
-inline void turn_back(const Turn& turn, float* row, std::size_t cols) {
-  // The root of the block first, as above; the signs last.
-  const float root = fabsf(turn.signs[0]);
-  for (std::size_t at = 0; at < cols; at += 8) (Eight::load(row + at) * Eight::of(root)).store(row + at);
-  transform(row, cols, turn.block);
-  for (std::size_t at = 0; at < cols; ++at) row[at] = turn.signs[at] < 0 ? -row[at] : row[at];
-}
-
 // ---- levels ----
 
-struct Whole {
+struct Nearest {
   Eight low, high;
-  explicit Whole(const Scheme& scheme) : low(Eight::of(scheme.low)), high(Eight::of(scheme.high)) {}
+  explicit Nearest(const Format& format) : low(Eight::of(format.low)), high(Eight::of(format.high)) {}
   Eight level(Eight ratio) const { return smaller(larger(ratio.rounded(), low), high); }
   Eight code(Eight ratio) const { return level(ratio) - low; }
 };
 
-struct Thirds {
+struct Sign {
   Eight limit = Eight::of(0.33f), minus_limit = Eight::of(-0.33f), one = Eight::of(1.0f);
-  explicit Thirds(const Scheme&) {}
+  explicit Sign(const Format&) {}
   Eight level(Eight ratio) const { return above(ratio, limit) - above(minus_limit, ratio); }
   Eight code(Eight ratio) const { return level(ratio) + one; }
 };
 
 template <int Bits>
-struct Entries {
-  Places<Bits> places;
-  explicit Entries(const Scheme& scheme) : places(scheme.thresholds, scheme.levels) {}
-  Eight level(Eight ratio) const { return places.entry(ratio); }
-  Eight code(Eight ratio) const { return places.place(ratio); }
+struct Table {
+  Thresholds<Bits> thresholds;
+  explicit Table(const Format& format) : thresholds(format.thresholds, format.levels) {}
+  Eight level(Eight ratio) const { return thresholds.entry(ratio); }
+  Eight code(Eight ratio) const { return thresholds.index(ratio); }
 };
 
 // ---- the scale ----
@@ -258,18 +113,19 @@ struct Fit {
 
 // For each of some inverses of a scale, the scale of least squares for the levels that it chooses, and what that
 // explains. Weights [size] are whole numbers of at most 24 bits, with zeros up to a multiple of eight.
-template <int Count, class Levels>
-void refit(const Levels& levels, const float* weights, std::size_t size, const double* inverses, Fit* fits) {
+template <int Count, class Rounder>
+EPIC_QUANT_OWN_FUNCTION void refit(const Rounder& rounder, const float* weights, std::size_t size,
+                                   const double* inverses, Fit* fits) {
   Eight factors[Count];
   ProductSums sums[Count];
   for (int i = 0; i < Count; ++i) factors[i] = Eight::of(static_cast<float>(inverses[i]));
   for (std::size_t at = 0; at < size; at += 8) {
     const Eight w = Eight::load(weights + at);
-    for (int i = 0; i < Count; ++i) sums[i].add(w, levels.level(w * factors[i]));
+    for (int i = 0; i < Count; ++i) sums[i].add(w, rounder.level(w * factors[i]));
   }
   // The zeros after the group, for which a table may have no entry of zero.
   float of_zero[8];
-  levels.level(Eight::of(0)).store(of_zero);
+  rounder.level(Eight::of(0)).store(of_zero);
   const double zeros = static_cast<double>(padded(size) - size);
   const double norm_of_zeros = zeros * static_cast<double>(of_zero[0]) * static_cast<double>(of_zero[0]);
   for (int i = 0; i < Count; ++i) {
@@ -281,52 +137,30 @@ void refit(const Levels& levels, const float* weights, std::size_t size, const d
 
 // Whether the largest weight is further from zero than the least one.
 inline bool leans_up(const float* group, std::size_t size) {
-  float most = group[0], least = group[0];
-  std::size_t at = 0;
-  if (size >= 8) {
-    Eight high = Eight::load(group), low = high;
-    for (at = 8; at + 8 <= size; at += 8) {
-      high = larger(high, Eight::load(group + at));
-      low = smaller(low, Eight::load(group + at));
-    }
-    float highs[8], lows[8];
-    high.store(highs);
-    low.store(lows);
-    for (int i = 0; i < 8; ++i) {
-      most = highs[i] > most ? highs[i] : most;
-      least = lows[i] < least ? lows[i] : least;
-    }
+  Eight high = Eight::of(0), low = high;
+  for (std::size_t at = 0; at < size; at += 8) {
+    const Eight x = load_first(group + at, size - at);
+    high = larger(high, x);
+    low = smaller(low, x);
   }
-  for (; at < size; ++at) {
-    most = group[at] > most ? group[at] : most;
-    least = group[at] < least ? group[at] : least;
-  }
-  return most > -least;
+  return max_of(high) > max_of(Eight::of(0) - low);
 }
 
 inline double clamped(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
 
 // `whole` [padded size] is scratch.
-template <class Levels>
-float least_squares_scale(const Scheme& scheme, const Levels& levels, const float* group, std::size_t size,
-                          float* whole) {
+template <class Rounder>
+EPIC_QUANT_OWN_FUNCTION float least_squares_scale(const Format& format, const Rounder& rounder, const float* group,
+                                                  std::size_t size, float* whole) {
   const Eight high = Eight::of(0x1p30f), low = Eight::of(-0x1p30f);
-  const std::size_t even = size / 8 * 8;
-  const float sign = scheme.either_sign && leans_up(group, size) ? -1.0f : 1.0f;
-  TopBits top;
-  for (std::size_t at = 0; at < even; at += 8) {
-    const Eight x = smaller(larger(Eight::load(group + at) * Eight::of(sign), low), high);
+  const float sign = format.either_sign && leans_up(group, size) ? -1.0f : 1.0f;
+  MaxAbsBits max_abs;
+  for (std::size_t at = 0; at < size; at += 8) {
+    const Eight x = smaller(larger(load_first(group + at, size - at) * Eight::of(sign), low), high);
     x.store(whole + at);
-    top.add(x);
+    max_abs.add(x);
   }
-  if (even < size) {
-    float rest[8] = {};
-    std::memcpy(rest, group + even, (size - even) * sizeof(float));
-    const Eight x = smaller(larger(Eight::load(rest) * Eight::of(sign), low), high);
-    x.store(whole + even);
-    top.add(x);
-  }
-  const int places = static_cast<int>(top.total() >> 23) - 126, exponent = 24 - (places < -100 ? -100 : places);
+  const int places = static_cast<int>(max_abs.total() >> 23) - 126, exponent = 24 - (places < -100 ? -100 : places);
   const Eight unit = Eight::of(ldexpf(1.0f, exponent));
   SquareSum squares;  // of 16 bits, whose sums are exact too
   Eight largest = Eight::of(0);
@@ -336,13 +170,10 @@ float least_squares_scale(const Scheme& scheme, const Levels& levels, const floa
     squares.add((x * Eight::of(1.0f / 256)).rounded());
     largest = larger(largest, x.magnitude());
   }
-  float lanes[8];
-  largest.store(lanes);
-  double peak = 1;
-  for (float lane : lanes) peak = static_cast<double>(lane) > peak ? static_cast<double>(lane) : peak;
+  const double peak = max_of(largest) > 1 ? static_cast<double>(max_of(largest)) : 1;
   const double sum = squares.total() < 1 ? 1 : squares.total();
-  const double to_peak = scheme.peak_level / peak;
-  const double to_gaussian = 1 / (sqrt(sum / static_cast<double>(size)) * (256 * scheme.gaussian_step));
+  const double to_peak = format.peak_level / peak;
+  const double to_gaussian = 1 / (sqrt(sum / static_cast<double>(size)) * (256 * format.gaussian_step));
 
   // The five that are tried, the one that puts the largest on `peak_level`, and the one between the best.
   double inverses[7];
@@ -352,7 +183,7 @@ float least_squares_scale(const Scheme& scheme, const Levels& levels, const floa
   for (int step = 1; step < 5; ++step) inverses[step] = inverses[step - 1] * ratio;
   inverses[5] = to_peak;
   Fit tried[7];
-  for (int step = 0; step < 6; step += kAtOnce) refit<kAtOnce>(levels, whole, size, inverses + step, tried + step);
+  for (int step = 0; step < 6; step += kAtOnce) refit<kAtOnce>(rounder, whole, size, inverses + step, tried + step);
   int best = 0;
   for (int step = 1; step < 5; ++step)
     if (tried[step].gain > tried[best].gain) best = step;
@@ -363,7 +194,7 @@ float least_squares_scale(const Scheme& scheme, const Levels& levels, const floa
   const double below = inverses[middle - 1], at = inverses[middle], over = inverses[middle + 1];
   const double between = at + offset * ((over - below) / 2 + offset * ((over + below) / 2 - at));
   inverses[6] = clamped(between, below, over);
-  refit<1>(levels, whole, size, inverses + 6, tried + 6);
+  refit<1>(rounder, whole, size, inverses + 6, tried + 6);
   for (int step = 5; step < 7; ++step)
     if (tried[step].gain > tried[best].gain) best = step;
 
@@ -372,100 +203,86 @@ float least_squares_scale(const Scheme& scheme, const Levels& levels, const floa
   return sign * from_fp16(to_fp16(most));
 }
 
-inline float absmax_scale(const Scheme& scheme, const float* group, std::size_t size) {
-  float most = 0;
-  std::size_t at = 0;
-  if (size >= 8) {
-    Eight largest = Eight::of(0);
-    for (; at + 8 <= size; at += 8) largest = larger(largest, Eight::load(group + at).magnitude());
-    float lanes[8];
-    largest.store(lanes);
-    for (float lane : lanes) most = lane > most ? lane : most;
-  }
-  for (; at < size; ++at) {
-    const float magnitude = fabsf(group[at]);
-    most = magnitude > most ? magnitude : most;
-  }
-  return most / scheme.divisor;
+inline float absmax_scale(const Format& format, const float* group, std::size_t size) {
+  Eight largest = Eight::of(0);
+  for (std::size_t at = 0; at < size; at += 8)
+    largest = larger(largest, load_first(group + at, size - at).magnitude());
+  return max_of(largest) / format.divisor;
 }
 
 // ---- rows ----
 
-template <class Levels>
-std::size_t quantize_rows_with(const Quantize& job, std::size_t begin, std::size_t end, float* scratch) {
-  const Scheme& scheme = *job.scheme;
-  const Levels levels(scheme);
+template <class Rounder>
+std::size_t quantize_rows(const StoredMatrix& matrix, Element element, const void* weight, std::size_t begin,
+                          std::size_t end, float* scratch) {
+  const Format& format = matrix.format;
+  const Rounder rounder(format);
+  const std::size_t cols = matrix.cols, group_size = matrix.group_size;
+  void (*pack)(const std::uint8_t*, std::size_t, std::uint8_t*) = nullptr;
+  by_coding(format.coding, [&](auto kind) { pack = Codes<kind.coding>::pack; });
   float* const row = scratch;
-  float* const whole = scratch + job.cols + 16;
-  std::uint8_t* const codes = reinterpret_cast<std::uint8_t*>(scratch + 2 * (job.cols + 16));
-  std::memset(row, 0, (job.cols + 16) * sizeof(float));
-  std::memset(codes, 0, job.cols + 16);
-  const std::size_t num_groups = job.cols / job.group_size, nbytes = row_nbytes(scheme.packed_bits, job.cols);
+  float* const whole = scratch + cols + 16;
+  std::uint8_t* const codes = reinterpret_cast<std::uint8_t*>(scratch + 2 * (cols + 16));
+  std::memset(row, 0, (cols + 16) * sizeof(float));
+  std::memset(codes, 0, cols + 16);
   for (std::size_t at = begin; at < end; ++at) {
-    if (!read_row(job.element, job.weight, at, job.cols, row)) return at;
-    if (job.turn.block) {
-      bound(row, job.cols);
-      turn(job.turn, row, job.cols);
+    if (!read_row(element, weight, at, cols, row)) return at;
+    if (matrix.rotation.block) {
+      bound(row, cols);
+      rotate(matrix.rotation, row, cols);
     }
-    for (std::size_t group = 0; group < num_groups; ++group) {
-      const std::size_t start = group * job.group_size;
-      const float scale = scheme.least_squares
-                              ? least_squares_scale(scheme, levels, row + start, job.group_size, whole)
-                              : absmax_scale(scheme, row + start, job.group_size);
-      job.scale[at * num_groups + group] = to_fp16(scale > kFp16Max ? kFp16Max : scale);
+    std::uint16_t* const scales = matrix.scale + at * matrix.num_scales;
+    for (std::size_t group = 0; group < matrix.num_scales; ++group) {
+      const std::size_t start = group * group_size;
+      const float scale = format.divisor == 0 ? least_squares_scale(format, rounder, row + start, group_size, whole)
+                                              : absmax_scale(format, row + start, group_size);
+      scales[group] = to_fp16(scale > kFp16Max ? kFp16Max : scale);
       const Eight divisor = Eight::of(scale == 0 ? INFINITY : scale);
       // The last eight may reach into the next group, which then writes its own.
-      for (std::size_t i = start; i < start + job.group_size; i += 8)
-        levels.code(Eight::load(row + i) / divisor).store_bytes(codes + i);
+      for (std::size_t i = start; i < start + group_size; i += 8)
+        rounder.code(Eight::load(row + i) / divisor).store_bytes(codes + i);
     }
-    std::memset(codes + job.cols, 0, 16);
-    pack_row(scheme.packed_bits, codes, job.cols, job.packed + at * nbytes);
+    std::memset(codes + cols, 0, 16);
+    pack(codes, cols, matrix.packed + at * matrix.row_nbytes);
   }
   return kAllFinite;
 }
 
-// Rows [begin, end); gives back the first with a number that is not finite, where it stops, or kAllFinite.
-inline std::size_t quantize_rows(const Quantize& job, std::size_t begin, std::size_t end, float* scratch) {
-  switch (job.scheme->rounding) {
-    case Rounding::whole: return quantize_rows_with<Whole>(job, begin, end, scratch);
-    case Rounding::thirds: return quantize_rows_with<Thirds>(job, begin, end, scratch);
-    default: break;
-  }
-  switch (job.scheme->table_bits) {
-    case 2: return quantize_rows_with<Entries<2>>(job, begin, end, scratch);
-    case 3: return quantize_rows_with<Entries<3>>(job, begin, end, scratch);
-    default: return quantize_rows_with<Entries<4>>(job, begin, end, scratch);
-  }
-}
-
-inline void dequantize_rows(const Dequantize& job, std::size_t begin, std::size_t end, float* scratch) {
-  const Scheme& scheme = *job.scheme;
+inline void dequantize_rows(const StoredMatrix& matrix, Element element, void* weight, bool rotated, std::size_t begin,
+                            std::size_t end, float* scratch) {
+  const Format& format = matrix.format;
+  const std::size_t cols = matrix.cols, num_scales = matrix.num_scales, group_size = matrix.group_size;
+  const float low = format.low;
+  void (*unpack)(const std::uint8_t*, std::size_t, std::uint8_t*) = nullptr;
+  by_coding(format.coding, [&](auto kind) { unpack = Codes<kind.coding>::unpack; });
   float* const row = scratch;
-  std::uint8_t* const codes = reinterpret_cast<std::uint8_t*>(scratch + job.cols + 16);
-  std::memset(row, 0, (job.cols + 16) * sizeof(float));
-  const std::size_t num_groups = job.cols / job.group_size, nbytes = row_nbytes(scheme.packed_bits, job.cols);
+  std::uint8_t* const codes = reinterpret_cast<std::uint8_t*>(scratch + cols + 16);
+  std::memset(row, 0, (cols + 16) * sizeof(float));
   for (std::size_t at = begin; at < end; ++at) {
-    unpack_row(scheme.packed_bits, job.packed + at * nbytes, job.cols, codes);
-    for (std::size_t group = 0; group < num_groups; ++group) {
-      const float scale = from_fp16(job.scale[at * num_groups + group]);
-      const std::size_t start = group * job.group_size, stop = start + job.group_size;
-      if (scheme.rounding == Rounding::entries)
-        for (std::size_t i = start; i < stop; ++i) row[i] = scheme.levels[codes[i]] * scale;
+    unpack(matrix.packed + at * matrix.row_nbytes, cols, codes);
+    for (std::size_t group = 0; group < num_scales; ++group) {
+      const float scale = from_fp16(matrix.scale[at * num_scales + group]);
+      const std::size_t start = group * group_size, stop = start + group_size;
+      if (format.table_bits)
+        for (std::size_t i = start; i < stop; ++i) row[i] = format.levels[codes[i]] * scale;
       else
-        for (std::size_t i = start; i < stop; ++i) row[i] = (static_cast<float>(codes[i]) + scheme.low) * scale;
+        scale_codes(codes + start, group_size, low, scale, row + start);
     }
-    if (job.turn.block) turn_back(job.turn, row, job.cols);
-    write_row(job.element, row, at, job.cols, job.weight);
+    if (matrix.rotation.block && !rotated) unrotate(matrix.rotation, row, cols);
+    write_row(element, row, at, cols, weight);
   }
 }
 
-inline void turn_rows(const TurnRows& job, std::size_t begin, std::size_t end, float* scratch) {
-  std::memset(scratch, 0, (job.cols + 16) * sizeof(float));
-  for (std::size_t at = begin; at < end; ++at) {
-    std::memcpy(scratch, job.from + at * job.cols, job.cols * sizeof(float));
-    (job.back ? turn_back : turn)(job.turn, scratch, job.cols);
-    std::memcpy(job.to + at * job.cols, scratch, job.cols * sizeof(float));
-  }
+// The kernels of a format that work on rows, chosen by how it rounds.
+inline Kernels row_kernels(const Format& format) {
+  Kernels kernels{};
+  kernels.dequantize = dequantize_rows;
+  kernels.quantize = format.rounding == Rounding::nearest ? quantize_rows<Nearest>
+                     : format.rounding == Rounding::sign  ? quantize_rows<Sign>
+                     : format.table_bits == 2             ? quantize_rows<Table<2>>
+                     : format.table_bits == 3             ? quantize_rows<Table<3>>
+                                                          : quantize_rows<Table<4>>;
+  return kernels;
 }
 
 }  // namespace

@@ -80,6 +80,46 @@
     if (points.length) go(0);
   }
 
+  // A slider shows one row of its data: the first two values as they are, the others as bars on one scale from zero.
+  for (const slider of all(".slider")) {
+    const { columns, rows, texts } = JSON.parse(slider.querySelector("script").textContent);
+    const input = slider.querySelector("input"), list = slider.querySelector("dl");
+    const text = slider.querySelector("textarea"), status = slider.querySelector("[role=status]");
+    const most = Math.max(...rows.flatMap((row) => row.slice(2).map((cell) => number(cell) ?? 0)));
+    const shown = columns.map((column, index) => {
+      const name = document.createElement("dt"), value = document.createElement("dd"), bar = document.createElement("div");
+      name.textContent = column;
+      bar.setAttribute("aria-hidden", "true");
+      if (index < 2) value.className = "main";
+      else { bar.className = "bar"; bar.append(document.createElement("span")); }
+      list.append(name, value, bar);
+      return { value, fill: bar.firstElementChild };
+    });
+    const choose = () => {
+      const row = rows[input.value];
+      shown.forEach(({ value, fill }, index) => {
+        value.textContent = row[index];
+        if (fill) fill.style.width = `${most ? 100 * (number(row[index]) ?? 0) / most : 0}%`;
+      });
+      input.setAttribute("aria-valuetext", `${row[0]}; ${columns[1]}: ${row[1]}`);
+      text.value = texts[input.value];
+      status.textContent = "";
+    };
+    input.addEventListener("input", choose);
+    slider.querySelector("button").addEventListener("click", async () => {
+      try {
+        await navigator.clipboard.writeText(text.value);
+        status.textContent = "Copied";
+      } catch {
+        // Not allowed to pages of a disk everywhere: the text is marked, and the browser's own copying tried.
+        text.select();
+        status.textContent = document.execCommand("copy") ? "Copied" : "Marked: copy it with the keyboard";
+      }
+    });
+    choose();
+    slider.hidden = false;
+  }
+
   // Tables below a section are folded; all are open for the printer, and where a link leads into one.
   const folds = all("main details"), unfold = document.getElementById("unfold");
   const set = (open) => {

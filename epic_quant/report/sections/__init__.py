@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from epic_quant.errors import ReportError
 from epic_quant.report.blocks import Block, Findings, Heading, Paragraph, code
 from epic_quant.report.sections import (
     baseline,
     block,
     footprint,
     kernels,
-    kv,
+    kv_bytes,
+    kv_divergence,
+    kv_errors,
     ladder,
     limits,
-    ple,
+    ple_guard,
+    ple_hits,
+    ple_speed,
+    prices,
     provenance,
     quality,
     recipe,
@@ -25,155 +29,76 @@ from epic_quant.report.sections import (
     unfinished,
     weights,
 )
+from epic_quant.report.wording import measuring_command
 from epic_quant.results.comparison import Comparison
 from epic_quant.results.gate import Judgement
 from epic_quant.results.run import Run
 
+_Findings = Callable[[Run], list[str]]
+
 
 @dataclass(frozen=True)
 class Section:
-    """What the records of one subject say: its place in the report begins with `findings`, and `blocks` follow.
+    """What some records say: its place in the report begins with `findings`, and `blocks` follow.
 
-    Both are called only where there are records, and every record bears the `labels`.
+    Both are called only where there are records.
     """
 
     title: str
-    subject: str
-    labels: tuple[str, ...]
+    subjects: tuple[str, ...]
     benchmark: str
     blocks: Callable[[Run], list[Block]]
-    findings: Callable[[Run], list[str]]
+    findings: _Findings
 
+
+_WEIGHTS, _PLE = "benchmarks/test_weights.py", "benchmarks/test_ple.py"
+_KV, _QUALITY = "benchmarks/test_kv.py", "benchmarks/test_quality.py"
+_PLE_SPEED = ("ple_hot", "ple_cold", "ple_memory")
 
 SECTIONS = (
-    Section(
-        "Footprint",
-        "footprint",
-        ("policy", "model", "column"),
-        "benchmarks/test_footprint.py",
-        footprint.blocks,
-        footprint.findings,
-    ),
-    Section(
-        "Weights",
-        "weights",
-        ("policy", "tensor_class", "spec", "op"),
-        "benchmarks/test_weights.py",
-        weights.blocks,
-        weights.findings,
-    ),
-    Section(
-        "Ladder",
-        "ladder",
-        ("spec", "tensor_class"),
-        "benchmarks/test_weights.py",
-        ladder.blocks,
-        ladder.findings,
-    ),
-    Section(
-        "Synthetic weights",
-        "synthetic",
-        ("spec", "distribution"),
-        "benchmarks/test_weights.py",
-        synthetic.blocks,
-        synthetic.findings,
-    ),
-    Section(
-        "Blocks",
-        "block",
-        ("policy", "layer_type", "tokens"),
-        "benchmarks/test_block.py",
-        block.blocks,
-        block.findings,
-    ),
-    Section(
-        "Kernels",
-        "kernels",
-        ("weight", "tokens", "how"),
-        "benchmarks/test_kernels.py",
-        kernels.blocks,
-        kernels.findings,
-    ),
-    Section(
-        "PLE row cache: hits",
-        "ple_hits",
-        ("trace", "residency"),
-        "benchmarks/test_ple.py",
-        ple.hits_blocks,
-        ple.hits_findings,
-    ),
-    Section(
-        "PLE row cache: speed",
-        "ple_speed",
-        ("table", "way", "heat", "batch", "threads"),
-        "benchmarks/test_ple.py",
-        ple.speed_blocks,
-        ple.speed_findings,
-    ),
-    Section(
-        "PLE below eight bits",
-        "ple_guard",
-        ("tensor_class", "spec"),
-        "benchmarks/test_ple.py",
-        ple.guard_blocks,
-        ple.guard_findings,
-    ),
-    Section(
-        "KV cache: errors",
-        "kv",
-        ("kv_policy", "layer_type"),
-        "benchmarks/test_kv.py",
-        kv.error_blocks,
-        kv.error_findings,
-    ),
-    Section(
-        "KV cache: divergence",
-        "kv_divergence",
-        ("kv_policy", "context"),
-        "benchmarks/test_kv.py",
-        kv.divergence_blocks,
-        kv.divergence_findings,
-    ),
-    Section(
-        "KV cache: bytes",
-        "kv_bytes",
-        ("kv_policy", "model", "tokens"),
-        "benchmarks/test_kv.py",
-        kv.bytes_blocks,
-        kv.bytes_findings,
-    ),
-    Section("Quality", "quality", ("policy",), "benchmarks/test_quality.py", quality.blocks, quality.findings),
-    Section(
-        "Sensitivity",
-        "sensitivity",
-        ("tensor_class", "spec", "text"),
-        "benchmarks/test_quality.py",
-        sensitivity.blocks,
-        sensitivity.findings,
-    ),
-    Section("Recipes", "quality", ("policy",), "benchmarks/test_quality.py", recipe.blocks, recipe.findings),
+    Section("Footprint", ("footprint",), "benchmarks/test_footprint.py", footprint.blocks, footprint.findings),
+    Section("Weights", ("weights",), _WEIGHTS, weights.blocks, weights.findings),
+    Section("Ladder", ("ladder",), _WEIGHTS, ladder.blocks, ladder.findings),
+    Section("Synthetic weights", ("synthetic",), _WEIGHTS, synthetic.blocks, synthetic.findings),
+    Section("Blocks", ("block",), "benchmarks/test_block.py", block.blocks, block.findings),
+    Section("Kernels", ("kernels",), "benchmarks/test_kernels.py", kernels.blocks, kernels.findings),
+    Section("PLE row cache: hits", ("ple_hits",), _PLE, ple_hits.blocks, ple_hits.findings),
+    Section("PLE row cache: speed", _PLE_SPEED, _PLE, ple_speed.blocks, ple_speed.findings),
+    Section("PLE below eight bits", ("ple_guard",), _PLE, ple_guard.blocks, ple_guard.findings),
+    Section("KV cache: errors", ("kv",), _KV, kv_errors.blocks, kv_errors.findings),
+    Section("KV cache: divergence", ("kv_divergence",), _KV, kv_divergence.blocks, kv_divergence.findings),
+    Section("KV cache: bytes", ("kv_bytes",), _KV, kv_bytes.blocks, kv_bytes.findings),
+    Section("Quality", ("quality",), _QUALITY, quality.blocks, quality.findings),
+    Section("Sensitivity", ("sensitivity",), _QUALITY, sensitivity.blocks, sensitivity.findings),
+    Section("What every tensor costs", ("prices",), _QUALITY, prices.blocks, prices.findings),
+    Section("Recipes", ("quality",), _QUALITY, recipe.blocks, recipe.findings),
+)
+
+# What stands at the head of the report too: a subject, and what is found of it.
+KEY_FINDINGS: tuple[tuple[str, _Findings], ...] = (
+    ("sensitivity", sensitivity.findings),
+    ("prices", prices.findings),
+    ("ple_hits", ple_hits.key_findings),
+    ("kv_divergence", kv_divergence.findings),
+    ("quality", recipe.findings),
 )
 
 
 def comparison(run: Run, compared: Comparison | None = None, judged: Sequence[Judgement] = ()) -> list[Block]:
-    """The whole report of a run, beside an older one and with the limits that it was held to where these are given.
-
-    Raises ReportError on a record without the labels of its section.
-    """
-    ran = [section for section in SECTIONS if run.select(section.subject)]
-    for section in ran:
-        _check_labels(section, run)
+    """The whole report of a run, compared with an older one and with its limits judged where these are given."""
+    subjects = {record.subject for record in run.records}
     blocks: list[Block] = [Heading(1, "Compression policies compared"), *provenance.at_the_head(run)]
     blocks += unfinished.blocks(run)
     if judged:
         blocks += [Heading(2, "Limits"), *limits.blocks(judged)]
     if compared:
         blocks += [Heading(2, "Since the baseline"), Findings(tuple(baseline.findings(compared)))]
-    blocks += summary.blocks(run)
+    key_findings = [said for subject, findings in KEY_FINDINGS if subject in subjects for said in findings(run)]
+    blocks += summary.blocks(run, key_findings)
     for section in SECTIONS:
         blocks.append(Heading(2, section.title))
-        if section not in ran:
-            blocks.append(_not_run(section, run))
+        if subjects.isdisjoint(section.subjects):
+            blocks.append(Paragraph(f"Not run. To run it: {code(measuring_command(run, section.benchmark))}"))
             continue
         if findings := section.findings(run):
             blocks.append(Findings(tuple(findings)))
@@ -181,16 +106,3 @@ def comparison(run: Run, compared: Comparison | None = None, judged: Sequence[Ju
     if compared:
         blocks += [Heading(2, "Against the baseline"), *baseline.blocks(compared)]
     return [*blocks, Heading(2, "How this was measured"), *provenance.blocks(run)]
-
-
-def _check_labels(section: Section, run: Run) -> None:
-    for record in run.select(section.subject):
-        missing = [label for label in section.labels if label not in record.labels]
-        if missing:
-            raise ReportError(
-                f"a {section.subject!r} record lacks {missing[0]!r} among its labels {dict(record.labels)}"
-            )
-
-
-def _not_run(section: Section, run: Run) -> Paragraph:
-    return Paragraph(f"Not run. To run it: {code(provenance.command(run, section.benchmark))}")

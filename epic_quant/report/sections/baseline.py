@@ -7,14 +7,34 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from epic_quant.records import METRICS, Metric
-from epic_quant.report.blocks import Block, Bullets, Heading, Paragraph, Table, code
+from epic_quant.report.blocks import Block, Bullets, Heading, Paragraph, code
+from epic_quant.report.columns import Column, table
 from epic_quant.report.formatting import MISSING, change, with_unit
-from epic_quant.results.comparison import TIME_NOISE, Ablation, Comparison, Measured, is_time
+from epic_quant.results.comparison import TIME_NOISE, Change, Comparison, Difference, Measured, is_time
+from epic_quant.results.gate import labels_text
 
 _DIGITS = 4
 # What a reader looks for first comes first.
 _COUNTED = {"worse": "worse", None: "in one run alone", "better": "better", "same": "unchanged"}
 _ORDER = list(_COUNTED)
+
+_CHANGES: tuple[Column[Change], ...] = (
+    Column("subject", lambda one: one.subject, text=True),
+    Column("of", lambda one: labels_text(one.labels), code, text=True),
+    Column("is", lambda one: one.verdict or MISSING, text=True),
+    Column("baseline", lambda one: _value(one, one.before)),
+    Column("this run", lambda one: _value(one, one.now)),
+    Column("change", lambda one: one.relative, change),
+)
+_DIFFERENCES: tuple[Column[Difference], ...] = (
+    Column("fact", lambda one: one.fact.replace("_", " "), text=True),
+    Column("baseline", lambda one: one.before, lambda text: _fact(text), text=True),
+    Column("this run", lambda one: one.now, lambda text: _fact(text), text=True),
+)
+_UNCHANGED: tuple[Column[tuple[Metric, int]], ...] = (
+    Column("metric", lambda pair: pair[0].name, code, text=True),
+    Column("values", lambda pair: pair[1]),
+)
 
 
 def blocks(compared: Comparison) -> list[Block]:
@@ -22,7 +42,7 @@ def blocks(compared: Comparison) -> list[Block]:
     found: list[Block] = [*_differences(compared), Paragraph(_times(compared))]
     found += _alone("Only the baseline measured these:", compared.only_before)
     found += _alone("Only this run measured these:", compared.only_now)
-    by_metric: dict[Metric, list[Ablation]] = defaultdict(list)
+    by_metric: dict[Metric, list[Change]] = defaultdict(list)
     for one in compared.changes:
         by_metric[one.metric].append(one)
     ordered = [metric for metric in METRICS.values() if metric in by_metric]
@@ -34,12 +54,12 @@ def blocks(compared: Comparison) -> list[Block]:
             found += [
                 Heading(3, metric.name),
                 Paragraph(f"{_counted(counts)}. {_meaning(metric)}"),
-                _table(moved),
+                table(_CHANGES, moved),
             ]
         else:
-            unmoved.append((code(metric.name), str(len(by_metric[metric]))))
+            unmoved.append((metric, len(by_metric[metric])))
     if unmoved:
-        found += [Heading(3, "Unchanged"), Table(("metric", "values"), tuple(unmoved))]
+        found += [Heading(3, "Unchanged"), table(_UNCHANGED, unmoved)]
     return found
 
 
@@ -65,16 +85,10 @@ def findings(compared: Comparison) -> list[str]:
     return found
 
 
-def where(labels: Mapping[str, str]) -> str:
-    """Labels as a condition selects by them: a value with a comma stands in double quotes."""
-    return ",".join(f'{name}="{value}"' if "," in value else f"{name}={value}" for name, value in labels.items())
-
-
 def _differences(compared: Comparison) -> list[Block]:
     if not compared.differences:
         return [Paragraph("Both runs name the same checkpoint, machine, versions, policies and command.")]
-    rows = tuple((one.fact.replace("_", " "), _fact(one.before), _fact(one.now)) for one in compared.differences)
-    return [Paragraph("The runs differ in:"), Table(("fact", "baseline", "this run"), rows, num_text_columns=3)]
+    return [Paragraph("The runs differ in:"), table(_DIFFERENCES, compared.differences)]
 
 
 def _fact(text: str | None) -> str:
@@ -90,12 +104,12 @@ def _times(compared: Comparison) -> str:
 def _alone(title: str, things: Iterable[Measured]) -> list[Block]:
     by_subject: dict[str, list[str]] = defaultdict(list)
     for one in things:
-        by_subject[one.subject].append(code(where(one.labels)))
+        by_subject[one.subject].append(code(labels_text(one.labels)))
     items = tuple(f"{subject}: {', '.join(names)}" for subject, names in by_subject.items())
     return [Paragraph(title), Bullets(items)] if items else []
 
 
-def _first_worst(one: Ablation) -> tuple[int, float]:
+def _first_worst(one: Change) -> tuple[int, float]:
     return _ORDER.index(one.verdict), -abs(one.relative or 0)
 
 
@@ -107,24 +121,9 @@ def _meaning(metric: Metric) -> str:
     return f"{metric.meaning[0].upper()}{metric.meaning[1:]}; {metric.better} is better."
 
 
-def _table(moved: Iterable[Ablation]) -> Table:
-    rows = (
-        (
-            one.subject,
-            code(where(one.labels)),
-            one.verdict or "—",
-            _value(one, one.before),
-            _value(one, one.now),
-            change(one.relative),
-        )
-        for one in moved
-    )
-    return Table(("subject", "of", "is", "baseline", "this run", "change"), tuple(rows), num_text_columns=3)
+def _what(one: Change) -> str:
+    return f"{one.subject} {code(labels_text(one.labels))}" if one.labels else one.subject
 
 
-def _what(one: Ablation) -> str:
-    return f"{one.subject} {code(where(one.labels))}" if one.labels else one.subject
-
-
-def _value(one: Ablation, value: float | None) -> str:
+def _value(one: Change, value: float | None) -> str:
     return with_unit(one.metric, value, _DIGITS)

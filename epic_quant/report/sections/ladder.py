@@ -1,72 +1,56 @@
-"""Every scheme on every tensor class, in the order of bits, against the bounds of a Gaussian source."""
+"""Every spec on every tensor class, in the order of bits, against the bounds of a Gaussian source."""
 
 from __future__ import annotations
 
 import math
 
-from epic_quant.records import Record
-from epic_quant.report.blocks import Block, Heading, Paragraph, Table, code
+from epic_quant.records.subjects import LadderRecord
+from epic_quant.report.analysis.weights import nearest_to_shannon
+from epic_quant.report.blocks import Block, Heading, Paragraph, code
+from epic_quant.report.columns import Column, table
+from epic_quant.report.error_plot import error_over_bits
 from epic_quant.report.formatting import significant
-from epic_quant.report.sections.weights import error_figure
-from epic_quant.results.run import Run
+from epic_quant.results.run import Run, distinct
 
-CONTROL = "gaussian control"
-
-_COLUMNS = {
-    "rel_l2": "relative L2",
-    "gaussian_rel_l2": "the same of Gaussian noise",
-    "output_rel_l2": "output relative L2",
-    "shannon_gap_db": "over Shannon, dB",
-    "lloyd_max_gap_db": "over Lloyd-Max, dB",
-}
+_SHAPE: tuple[Column[LadderRecord], ...] = (
+    Column("tensor class", lambda one: one.tensor_class, text=True),
+    Column("kurtosis", lambda one: one.kurtosis, significant),
+    Column("absmax / standard deviation", lambda one: one.absmax_over_std, significant),
+)
+_RUNGS: tuple[Column[LadderRecord], ...] = (
+    Column("spec", lambda one: str(one.spec), code, text=True),
+    Column("bits per weight", lambda one: one.bits_per_weight, lambda bits: significant(bits, 4)),
+    Column("relative L2", lambda one: one.rel_l2, significant),
+    Column("the same of Gaussian noise", lambda one: one.gaussian_rel_l2, significant),
+    Column("output relative L2", lambda one: one.output_rel_l2, significant),
+    Column("over Shannon, dB", lambda one: one.shannon_gap_db, significant),
+    Column("over Lloyd-Max, dB", lambda one: one.lloyd_max_gap_db, significant),
+)
 
 
 def blocks(run: Run) -> list[Block]:
     """The shapes of the classes' distributions, the plot, and a table for each class."""
-    classes = run.labels("ladder", "tensor_class")
-    shapes = tuple(
-        (
-            name,
-            significant(run.value("ladder", "kurtosis", tensor_class=name)),
-            significant(run.value("ladder", "absmax_over_std", tensor_class=name)),
-        )
-        for name in classes
-    )
+    records = run.of(LadderRecord)
+    classes = distinct(one.tensor_class for one in records)
     found: list[Block] = [
-        Paragraph(
-            "How far the weights are from a Gaussian, whose kurtosis is 3, and how far out their largest one is."
-        ),
-        Table(("tensor class", "kurtosis", "absmax / standard deviation"), shapes),
-        *error_figure(run.select("ladder"), "error-against-bits.svg"),
+        Paragraph("How near the weights are to a Gaussian, whose kurtosis is 3, and how large their largest one is."),
+        table(_SHAPE, [run.of(LadderRecord, tensor_class=name)[0] for name in classes]),
+        *error_over_bits([(one.tensor_class, one.spec, one) for one in records], "error-against-bits.svg"),
     ]
     for name in classes:
-        rows = (
-            (
-                code(record.labels["spec"]),
-                significant(record.metrics.get("bits_per_weight"), 4),
-                *(significant(record.metrics.get(metric)) for metric in _COLUMNS),
-            )
-            for record in sorted(run.select("ladder", tensor_class=name), key=_bits)
-        )
-        found += [Heading(3, name), Table(("spec", "bits per weight", *_COLUMNS.values()), tuple(rows))]
+        rungs = sorted(run.of(LadderRecord, tensor_class=name), key=_bits)
+        found += [Heading(3, name), table(_RUNGS, rungs)]
     return found
 
 
 def findings(run: Run) -> list[str]:
-    """For each class, the scheme that comes nearest to Shannon's bound."""
-    nearest = []
-    for name in run.labels("ladder", "tensor_class"):
-        gaps = {
-            record.labels["spec"]: gap
-            for record in run.select("ladder", tensor_class=name)
-            if (gap := record.metrics.get("shannon_gap_db")) is not None
-        }
-        if gaps and name != CONTROL:
-            spec = min(gaps, key=lambda key: gaps[key])
-            nearest.append(f"{code(spec)} on {name} ({significant(gaps[spec])} dB)")
-    return [f"Least above the bound that Shannon sets for a Gaussian: {', '.join(nearest)}."] if nearest else []
+    """For each class, the spec that comes nearest to Shannon's bound."""
+    nearest = [
+        f"{code(str(one.spec))} on {one.tensor_class} ({significant(one.shannon_gap_db)} dB)"
+        for one in nearest_to_shannon(run)
+    ]
+    return [f"Nearest to Shannon's bound for a Gaussian: {', '.join(nearest)}."] if nearest else []
 
 
-def _bits(record: Record) -> float:
-    bits = record.metrics.get("bits_per_weight")
-    return math.inf if bits is None else bits
+def _bits(record: LadderRecord) -> float:
+    return math.inf if record.bits_per_weight is None else record.bits_per_weight

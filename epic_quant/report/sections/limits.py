@@ -1,4 +1,4 @@
-"""What a run was held to, and what did not keep to it."""
+"""The limits of a run, and the values that failed them."""
 
 from __future__ import annotations
 
@@ -6,18 +6,28 @@ from collections.abc import Sequence
 
 from epic_quant.report import terminal
 from epic_quant.report.blocks import Block, Paragraph, Table, code
+from epic_quant.report.columns import Column, table
 from epic_quant.report.formatting import change, with_unit
-from epic_quant.report.sections.baseline import where
-from epic_quant.results.gate import Judgement
+from epic_quant.results.gate import Judgement, labels_text
 
 _DIGITS = 4
+
+_FAILURES: tuple[Column[Judgement], ...] = (
+    Column("metric", lambda one: one.condition.metric.name, code, text=True),
+    Column("subject", lambda one: one.subject, text=True),
+    Column("of", lambda one: labels_text(one.labels), code, text=True),
+    Column("value", lambda one: _value(one, one.value)),
+    Column("limit", lambda one: _limit(one)),
+    Column("baseline", lambda one: _value(one, one.before)),
+    Column("change", lambda one: one.relative_change, change),
+)
 
 
 def blocks(judged: Sequence[Judgement]) -> list[Block]:
     """The limits, and below them a table of what failed."""
     limits = ", ".join(dict.fromkeys(code(one.condition.text) for one in judged))
     failed = failures(judged)
-    return [Paragraph(f"Held to {limits}: {summary(judged)}."), *([failed] if failed.rows else [])]
+    return [Paragraph(f"Limits: {limits}. {summary(judged)}."), *([failed] if failed.rows else [])]
 
 
 def summary(judged: Sequence[Judgement]) -> str:
@@ -34,20 +44,13 @@ def told(judged: Sequence[Judgement]) -> str:
 
 def failures(judged: Sequence[Judgement]) -> Table:
     """Each value that fails, beside its limit, and for a relative one what it was and how it changed."""
-    rows = tuple(_row(one) for one in judged if one.fails)
-    return Table(("metric", "subject", "of", "value", "limit", "baseline", "change"), rows, num_text_columns=3)
+    return table(_FAILURES, [one for one in judged if one.fails])
 
 
-def _row(one: Judgement) -> tuple[str, ...]:
-    condition = one.condition
-    moved = (one.value - one.before) / abs(one.before) if one.value is not None and one.before else None
-    return (
-        code(condition.metric.name),
-        one.subject,
-        code(where(one.labels)),
-        with_unit(condition.metric, one.value, _DIGITS),
-        # An absolute limit reads as it was written.
-        with_unit(condition.metric, one.limit, _DIGITS) if condition.relative else condition.text.rpartition(":")[2],
-        with_unit(condition.metric, one.before, _DIGITS),
-        change(moved),
-    )
+def _value(one: Judgement, value: float | None) -> str:
+    return with_unit(one.condition.metric, value, _DIGITS)
+
+
+def _limit(one: Judgement) -> str:
+    """An absolute limit reads as it was written."""
+    return _value(one, one.limit) if one.condition.relative else one.condition.limit_text

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import shlex
+from collections.abc import Iterable
 from typing import Any
 
 from epic_quant import __version__
+from epic_quant.report.analysis.policies import names
 from epic_quant.report.blocks import Block, Paragraph, Table, code
+from epic_quant.report.columns import Column, table
 from epic_quant.report.formatting import MISSING, megabytes, significant
 from epic_quant.results.run import Run
 
-_NOT_E4B = {
-    "trained-small": "The weights are those of the small model trained for this repository, not of Gemma 4 E4B: "
-    "errors and times hold for this model only. Footprints named E4B come from E4B's own shapes.",
-    "synthetic": "The weights are synthetic, not those of Gemma 4 E4B: their errors say nothing of trained weights.",
-}
+_SMALL_MODEL = (
+    "The weights are those of the small model trained for this repository, not of Gemma 4 E4B: errors and times hold "
+    "for this model only. Footprints named E4B come from E4B's own shapes."
+)
 
 
 def at_the_head(run: Run) -> list[Block]:
     """The first lines of a report: whose weights these are, and by what they were measured."""
     facts, checkpoint = run.facts, run.facts["checkpoint"]
     name = code(checkpoint["source"])
-    statement = _NOT_E4B.get(checkpoint["kind"], f"The weights are those of {name}.")
+    statement = f"The weights are those of {name}." if checkpoint["kind"] == "user" else _SMALL_MODEL
     versions = facts.get("versions") or {}
     said = [
         f"checkpoint {name}",
@@ -37,13 +38,6 @@ def at_the_head(run: Run) -> list[Block]:
     return [Paragraph(statement), Paragraph(f"Measured: {', '.join(part for part in said if part)}.")]
 
 
-def command(run: Run, benchmark: str) -> str:
-    """What measures a benchmark's subjects on the run's checkpoint."""
-    checkpoint = run.facts["checkpoint"]
-    chosen = ["--checkpoint", checkpoint["source"]] if checkpoint["kind"] == "user" else []
-    return shlex.join(["pytest", benchmark, *chosen, "--benchmark-json", "out.json"])
-
-
 def blocks(run: Run) -> list[Block]:
     """A table of the run's facts, the versions, and what each policy's name stands for."""
     facts, checkpoint = run.facts, run.facts["checkpoint"]
@@ -52,8 +46,8 @@ def blocks(run: Run) -> list[Block]:
         "fingerprint": _text(checkpoint.get("fingerprint")),
         "bytes": _with_unit(megabytes(checkpoint.get("nbytes")), "MB"),
         "layers": _text(checkpoint.get("num_layers")),
-        "rows of each tensor whose error is taken": _text(facts.get("sampled_rows") or "all"),
-        "tokens that the KV cache holds": _text(facts.get("context")),
+        "rows of each tensor whose error is measured": _text(facts.get("sampled_rows") or "all"),
+        "tokens in the KV cache": _text(facts.get("context")),
         "processor": _text(facts.get("cpu")),
         "threads": _text(facts.get("threads")),
         "kernels for packed weights": _text(facts.get("isa")),
@@ -65,18 +59,23 @@ def blocks(run: Run) -> list[Block]:
         "command": _text(facts.get("arguments")),
         "report made by": _text(f"epic_quant {__version__}"),
     }
-    tables: list[Block] = [
-        Table(("fact", "value"), tuple(rows.items()), num_text_columns=2, caption="Facts of the run")
-    ]
-    for columns, fact, caption in (
-        (("library", "version"), "versions", "Versions"),
-        (("policy", "stands for"), "policy_strings", "What the policies stand for"),
-    ):
-        named = facts.get(fact) or {}
-        if named:
-            rows_of = tuple((code(str(name)), _text(value)) for name, value in named.items())
-            tables.append(Table(columns, rows_of, 2, caption))
+    called = names(run)
+    versions = [(code(str(name)), _text(value)) for name, value in (facts.get("versions") or {}).items()]
+    policies = [(code(called[name]), _text(policy)) for name, policy in run.policies.items()]
+    tables: list[Block] = [_pairs("fact", "value", rows.items(), "Facts of the run")]
+    if versions:
+        tables.append(_pairs("library", "version", versions, "Versions"))
+    if policies:
+        tables.append(_pairs("policy", "stands for", policies, "What the policies stand for"))
     return [*tables, Paragraph("MB are 1e6 bytes and GB/s 1e9 bytes a second; — is what was not measured.")]
+
+
+def _pairs(first: str, second: str, rows: Iterable[tuple[str, str]], caption: str) -> Table:
+    columns: tuple[Column[tuple[str, str]], ...] = (
+        Column(first, lambda row: row[0], text=True),
+        Column(second, lambda row: row[1], text=True),
+    )
+    return table(columns, rows, caption)
 
 
 def _text(value: Any) -> str:

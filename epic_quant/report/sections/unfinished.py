@@ -1,15 +1,22 @@
-"""What a run that did not end, or did not end well, has no records of."""
+"""What a run that stopped early, or in which tests failed, has no records of."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from epic_quant.report.blocks import Block, Paragraph, Table, code
+from epic_quant.report.columns import Column, table
 from epic_quant.results.run import Run
 
-# Of one function; a run names a few hundred in all.
+# Of one function; a run has a few hundred in all.
 _MOST_NAMED = 6
+
+_Tests = tuple[str, list[str]]  # a function and its parameters
+_COLUMNS: tuple[Column[_Tests], ...] = (
+    Column("test", lambda tests: tests[0], code, text=True),
+    Column("of", lambda tests: _named(tests[1]), text=True),
+    Column("number", lambda tests: len(tests[1])),
+)
 
 
 def blocks(run: Run) -> list[Block]:
@@ -19,8 +26,8 @@ def blocks(run: Run) -> list[Block]:
     if missing:
         found += [
             Paragraph(
-                f"This run stopped before its end: {len(missing)} of its tests have no result. What is below is what "
-                "it had measured by then. Missing:"
+                f"This run stopped before its end: {len(missing)} of its tests have no result. The report shows what "
+                "had been measured by then. Missing:"
             ),
             _table(missing),
         ]
@@ -29,14 +36,13 @@ def blocks(run: Run) -> list[Block]:
     return found
 
 
-def _table(tests: Iterable[str]) -> Table:
-    """Tests by their function, with what is in brackets after its name, as far as that is no longer than a few."""
-    of: dict[str, list[str]] = defaultdict(list)
+def _table(tests: Sequence[str]) -> Table:
+    """Tests by their function, with some of the parameters in brackets after its name."""
+    of: dict[str, list[str]] = {}
     for test in tests:
         function, _, parameters = test.partition("[")
-        of[function].append(parameters.removesuffix("]"))
-    rows = tuple((code(function), _named(names), str(len(names))) for function, names in of.items())
-    return Table(("test", "of", "number"), rows, num_text_columns=2)
+        of.setdefault(function, []).append(parameters.removesuffix("]"))
+    return table(_COLUMNS, of.items())
 
 
 def _named(names: Sequence[str]) -> str:

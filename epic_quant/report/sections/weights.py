@@ -1,151 +1,105 @@
-"""What each policy's schemes do to the weights of every tensor class, and how fast they are."""
+"""What each policy's formats do to the weights of every tensor class, and how fast they are."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from operator import methodcaller
+from typing import Any
 
-from epic_quant.records import Record
-from epic_quant.report import plots
-from epic_quant.report.blocks import Block, Figure, Heading, Paragraph, Table, code
-from epic_quant.report.formatting import MISSING, quotient, significant, times
-from epic_quant.results.run import Run
-
-# Beyond, errors are too small to tell schemes apart, and the axis would be mostly empty.
-_MAX_DRAWN_BITS = 6.0
+from epic_quant.records.subjects import WeightsRecord
+from epic_quant.report.analysis import weights
+from epic_quant.report.analysis.policies import names
+from epic_quant.report.blocks import Block, Heading, Paragraph, code
+from epic_quant.report.columns import Column, table
+from epic_quant.report.error_plot import error_over_bits
+from epic_quant.report.formatting import MISSING, significant, times
+from epic_quant.results.run import Run, distinct
+from epic_quant.spec import BF16, WeightSpec
 
 
 def blocks(run: Run) -> list[Block]:
-    """Relative L2 and bits per weight by policy and class, the two drawn together, and speed by scheme."""
+    """Relative L2 and bits per weight by policy and class, the two drawn together, and speed by spec."""
+    records = run.of(WeightsRecord)
     rows = run.facts.get("sampled_rows")
     taken = "all rows" if rows is None else f"a seeded sample of {rows} rows"
+    points = [(one.tensor_class, one.specs[0], one) for one in records if len(one.specs) == 1]
     found: list[Block] = [
         Paragraph(
-            f"Relative L2 error, ‖W - Ŵ‖ / ‖W‖ over {taken} of all tensors of a class together; 1 is the error of "
-            "storing zeros. A class that a policy does not quantize has —."
+            f"Relative L2 error, ‖W - Ŵ‖ / ‖W‖ over {taken} of all tensors of a class together; storing zeros has "
+            "an error of 1. — stands for a class that the policy does not quantize."
         ),
-        _by_class(run, "rel_l2", digits=3),
-        Paragraph("Bits per weight, scales and all other metadata included."),
-        _by_class(run, "bits_per_weight", digits=4),
-        *error_figure(run.select("weights"), "policies-error-against-bits.svg"),
+        _by_class(run, "rel_l2", 3),
+        Paragraph("Bits per weight, with scales and all other metadata."),
+        _by_class(run, "bits_per_weight", 4),
+        *error_over_bits(points, "policies-error-against-bits.svg"),
     ]
-    for op in run.labels("weights", "op"):
-        found += [Heading(3, f"Speed of {op}"), *_speed(run, op)]
+    for op in distinct(record.op for record in records):
+        found += [Heading(3, f"Speed of {op}"), *_speed(weights.timed(run, op))]
     return found
 
 
 def findings(run: Run) -> list[str]:
-    """The class that suffers most under each policy, schemes that are worse than zeros, and the worst tensor."""
-    found = []
-    worst = []
-    for policy in run.labels("weights", "policy"):
-        errors = _errors(run, "tensor_class", policy=policy)
-        if errors:
-            tensor_class = max(errors, key=lambda name: errors[name])
-            worst.append(f"{code(policy)} {tensor_class} ({significant(errors[tensor_class])})")
-    if worst:
-        found.append(f"Tensor class with the largest relative L2 under each policy: {', '.join(worst)}.")
-    pairs = {
-        (spec, tensor_class): error
-        for spec in run.labels("weights", "spec")
-        for tensor_class, error in _errors(run, "tensor_class", spec=spec).items()
-    }
-    useless = [f"{code(spec)} on {name} ({significant(error)})" for (spec, name), error in pairs.items() if error > 1]
+    """The class with the largest error under each policy, what is worse than zeros, and the worst tensor."""
+    called, found = names(run), []
+    if worst := weights.worst_classes(run):
+        each = (f"{code(called[one.policy])} {_of_class(one)}" for one in worst)
+        found.append(f"Tensor class with the largest relative L2 under each policy: {', '.join(each)}.")
+    pairs = weights.by_specs_and_class(run)
+    useless = [one for one in pairs if (one.rel_l2 or 0.0) > 1]
     if useless:
-        found.append(f"Relative L2 above 1, so worse than storing zeros: {', '.join(useless)}.")
+        found.append(f"Worse than storing zeros (relative L2 above 1): {', '.join(map(_spec_on_class, useless))}.")
     elif pairs:
-        spec, name = max(pairs, key=lambda pair: pairs[pair])
-        largest = f"{code(spec)} on {name} ({significant(pairs[spec, name])})"
+        largest = max(pairs, key=lambda one: one.rel_l2 or 0.0)
         found.append(
-            f"Under no policy is a whole class worse than storing zeros, a relative L2 of 1; the largest is {largest}."
+            "No policy stores a whole class worse than zeros would (a relative L2 of 1); the largest is "
+            f"{_spec_on_class(largest)}."
         )
-    tensors = [
-        (error, name, record.labels["spec"])
-        for record in run.select("weights")
-        for name, error in record.details.get("tensors", {}).items()
-        if error is not None
-    ]
-    if tensors:
-        error, name, spec = max(tensors)
-        found.append(f"Largest relative L2 of any one tensor: {code(name)} under {code(spec)} ({significant(error)}).")
+    if worst_tensor := weights.worst_tensor(run):
+        name, record, error = worst_tensor
+        spec = code(weights.specs_text(record.specs))
+        found.append(f"Largest relative L2 of any one tensor: {code(name)} under {spec} ({significant(error)}).")
     return found
 
 
-def error_figure(records: Iterable[Record], file_name: str) -> list[Block]:
-    """Error over bits of records that bear a class and a spec, and what is not drawn; nothing where no point is."""
-    points = {}
-    for record in records:
-        bits, error = record.metrics.get("bits_per_weight"), record.metrics.get("rel_l2")
-        if plots.drawable(bits) and plots.drawable(error) and bits <= _MAX_DRAWN_BITS:
-            tensor_class, spec = record.labels["tensor_class"], record.labels["spec"]
-            points[tensor_class, spec] = plots.Point(tensor_class, scheme(spec), bits, error, spec)
-    if not points:
-        return []
-    classes = ", ".join(dict.fromkeys(tensor_class for tensor_class, _ in points))
-    alt = (
-        f"Relative L2 error on a logarithmic scale over bits per weight, a panel for each of {classes}, a colour for "
-        "each scheme, with Shannon's bound and Lloyd-Max quantizers of a Gaussian source; "
-        + plots.extremes(list(points.values()), lambda point: f"{point.name} on {point.panel}")
-    )
-    return [
-        Figure(file_name, alt, plots.error_over_bits(list(points.values()))),
-        Paragraph(
-            "Shannon's bound and Lloyd-Max are those of a Gaussian source. Weights that vary in scale from group to "
-            "group can lie below either. Exact copies and anything over "
-            f"{significant(_MAX_DRAWN_BITS, 1)} bits are not drawn."
-        ),
-    ]
+def _of_class(record: WeightsRecord) -> str:
+    return f"{record.tensor_class} ({significant(record.rel_l2)})"
 
 
-def scheme(spec: str) -> str:
-    """A spec without its width, group and other sizes: the series that it belongs to, int+had of int4-g128+had64."""
-    return re.sub(r"-g\d+|\d+", "", spec)
+def _spec_on_class(record: WeightsRecord) -> str:
+    return f"{code(weights.specs_text(record.specs))} on {_of_class(record)}"
 
 
-def _errors(run: Run, label: str, /, **labels: str) -> dict[str, float]:
-    values = {
-        name: run.value("weights", "rel_l2", **labels, **{label: name})
-        for name in run.labels("weights", label, **labels)
-    }
-    return {name: value for name, value in values.items() if value is not None}
+_Cells = dict[str, Any]  # by class, and what the row is of under ""
 
 
-def _by_class(run: Run, metric: str, digits: int) -> Table:
-    classes = run.labels("weights", "tensor_class")
-    rows = (
-        (
-            code(policy),
-            *(significant(run.value("weights", metric, policy=policy, tensor_class=name), digits) for name in classes),
-        )
-        for policy in run.labels("weights", "policy")
-    )
-    return Table(("policy", *classes), tuple(rows))
+def _by_class(run: Run, metric: str, digits: int) -> Block:
+    rows: dict[str, _Cells] = {}
+    called = names(run)
+    for one in run.of(WeightsRecord):
+        cells = rows.setdefault(one.policy, {"": called[one.policy]})
+        cells[one.tensor_class] = getattr(one, metric)
+    return _class_table("policy", rows.values(), lambda value: significant(value, digits))
 
 
-def _speed(run: Run, op: str) -> list[Block]:
-    """GB/s by scheme and class, each beside its ratio to the copy, or to the slowest where no copy was timed."""
-    classes = run.labels("weights", "tensor_class", op=op)
-    specs = run.labels("weights", "spec", op=op)
-    speeds = {(spec, name): _gbs(run, spec, name, op) for spec in specs for name in classes}
-    references = {}
-    for name in classes:
-        present = [speed for spec in specs if (speed := speeds[spec, name]) is not None]
-        references[name] = speeds["bf16", name] if "bf16" in specs else min(present, default=None)
-    to = "the `bf16` copy" if "bf16" in specs else "the slowest"
-    rows = tuple(
-        (code(spec), *(_speed_cell(speeds[spec, name], references[name]) for name in classes)) for spec in specs
-    )
+def _class_table(of: str, rows: Iterable[_Cells], form: Callable[[Any], str]) -> Block:
+    rows = list(rows)
+    columns: list[Column[_Cells]] = [Column(of, lambda cells: cells[""], code, text=True)]
+    classes = distinct(name for cells in rows for name in cells if name)
+    columns += [Column(name, methodcaller("get", name), form) for name in classes]
+    return table(columns, rows)
+
+
+def _speed(records: Sequence[WeightsRecord]) -> list[Block]:
+    """GB/s by spec and class, each beside its ratio to the bf16 copy, or to the slowest where no copy was timed."""
+    references = weights.reference_gbs(records)
+    rows: dict[tuple[WeightSpec, ...], _Cells] = {}
+    for one in records:
+        speed = weights.speed_gbs(one)
+        text = f"{significant(speed)} ({times(speed, references[one.tensor_class])})"
+        cells = rows.setdefault(one.specs, {"": weights.specs_text(one.specs)})
+        cells[one.tensor_class] = MISSING if speed is None else text
+    to = "the `bf16` copy" if (BF16,) in rows else "the slowest"
     return [
         Paragraph(f"GB/s of the weights in bf16, in brackets the ratio to {to} of the class; one tensor is timed."),
-        Table(("spec", *classes), rows),
+        _class_table("spec", rows.values(), lambda text: text or MISSING),
     ]
-
-
-def _gbs(run: Run, spec: str, tensor_class: str, op: str) -> float | None:
-    labels = {"spec": spec, "tensor_class": tensor_class, "op": op}
-    speed = quotient(run.value("weights", "bytes_read", **labels), run.value("weights", "time_s", **labels))
-    return None if speed is None else speed / 1e9
-
-
-def _speed_cell(speed: float | None, reference: float | None) -> str:
-    return MISSING if speed is None else f"{significant(speed)} ({times(speed, reference)})"

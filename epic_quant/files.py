@@ -1,0 +1,74 @@
+"""Files that are either whole or not there."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+# Bytes of an element, by the names that safetensors has for dtypes.
+_ELEMENT_NBYTES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "U16": 2,
+    "I16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "U32": 4,
+    "I32": 4,
+    "F32": 4,
+    "U64": 8,
+    "I64": 8,
+    "F64": 8,
+}
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write at, which is renamed to `path` at the end of the block.
+
+    After an error nothing is left of it, and what `path` was before is still there. Whatever is opened in the block
+    must be closed in it. Raises OSError where the folder cannot be written to.
+    """
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent, ignore_cleanup_errors=True) as beside:
+        unfinished = Path(beside, path.name)
+        yield unfinished
+        os.replace(unfinished, path)
+
+
+@contextmanager
+def safetensors_writer(
+    path: Path, tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str]
+) -> Iterator[Callable[[bytes | memoryview], None]]:
+    """Write a .safetensors file whose tensors need not be in RAM together, atomically.
+
+    `tensors` has the dtype (`F32`, `U8` …) and shape of each, in the order of their bytes. The block gets a function
+    that writes the next bytes, in pieces of any size. Raises ValueError where they come to more or less than the
+    header says, and OSError.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        begin, end = end, end + _ELEMENT_NBYTES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    with atomic(path) as unfinished:
+        with unfinished.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            first = file.tell()
+
+            def write(data: bytes | memoryview) -> None:
+                file.write(data)
+
+            yield write
+            written = file.tell() - first
+        if written != end:
+            raise ValueError(f"{path}: {written} bytes of tensors, but its header says {end}")

@@ -1,0 +1,118 @@
+"""`python -m epic_quant.inspection SOURCE`: what is in this checkpoint."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from tabulate import tabulate
+
+from epic_quant import command_line
+from epic_quant.spec.layers import format_layers
+
+if TYPE_CHECKING:
+    from epic_quant.checkpoint import Checkpoint
+    from epic_quant.gemma4.config import TextConfig
+    from epic_quant.gemma4.tensors import TextTensor
+
+
+@command_line.reports_errors
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = command_line.parser(
+        "inspection",
+        "Print what a Gemma 4 checkpoint holds.",
+        [
+            "python -m epic_quant.inspection benchmarks/mini_gemma4",
+            "python -m epic_quant.inspection model.safetensors --config config.json --tensors",
+        ],
+        "0; 2 where the checkpoint cannot be read.",
+    )
+    parser.add_argument("source", help="a .safetensors file, a folder, or a hub id in the local cache")
+    parser.add_argument("--config", metavar="FILE", help="config.json, where it is not beside the checkpoint")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor")
+    parser.add_argument("--download", action="store_true", help="download a hub id that is not in the local cache")
+    options = parser.parse_args(arguments)
+
+    # `--help` does not wait for torch.
+    from epic_quant.checkpoint import Checkpoint
+
+    with Checkpoint.open(options.source, config=options.config, download=options.download) as checkpoint:
+        print("\n".join(describe(checkpoint, list_tensors=options.tensors)))
+    return 0
+
+
+def describe(checkpoint: Checkpoint, *, list_tensors: bool = False) -> Iterator[str]:
+    """The lines of the page. Raises CheckpointError or ConfigError where config and file do not fit."""
+    from epic_quant.gemma4.config import TextConfig
+    from epic_quant.gemma4.tensors import expected_tensors, text_tensors
+
+    config = TextConfig.read(checkpoint)
+    expected = {tensor.name: tensor for tensor in expected_tensors(config)}
+    tensors = {file_name: expected[name] for name, file_name in text_tensors(checkpoint, config).items()}
+    total = sum(checkpoint.nbytes(name) for name in checkpoint.names)
+
+    yield f"{checkpoint.source}"
+    yield f"{len(checkpoint.names)} tensors, {total:,} bytes, fingerprint {checkpoint.fingerprint}"
+    yield ""
+    yield _parts_table(checkpoint, tensors, total)
+    yield ""
+    yield from _layers(config)
+    if list_tensors:
+        yield ""
+        rows = [
+            [name, _part(tensors.get(name)), "x".join(map(str, checkpoint.shape(name))), checkpoint.nbytes(name)]
+            for name in checkpoint.names
+        ]
+        yield tabulate(rows, headers=["tensor", "class", "shape", "bytes"], intfmt=",")
+
+
+def _part(tensor: TextTensor | None) -> str:
+    """The line of the table that a tensor is counted in."""
+    if tensor is None:
+        return "not text"
+    if tensor.unused:
+        return "unused"
+    return "norms and scalars" if tensor.tensor_class is None else tensor.tensor_class.value
+
+
+def _parts_table(checkpoint: Checkpoint, tensors: dict[str, TextTensor], total: int) -> str:
+    members: dict[str, list[str]] = defaultdict(list)
+    for name in checkpoint.names:
+        members[_part(tensors.get(name))].append(name)
+    rows = []
+    for part, names in sorted(members.items(), key=lambda item: -sum(map(checkpoint.nbytes, item[1]))):
+        nbytes = sum(map(checkpoint.nbytes, names))
+        dtypes = sorted({str(checkpoint.dtype(name)).removeprefix("torch.") for name in names})
+        rows.append([part, len(names), nbytes, f"{nbytes / total:.1%}", " ".join(dtypes)])
+    headers = ["part", "tensors", "bytes", "share", "dtype"]
+    return tabulate(rows, headers=headers, intfmt=",", colalign=("left", "right", "right", "right", "left"))
+
+
+def _layers(config: TextConfig) -> Iterator[str]:
+    """Layer types, and who owns and who shares K and V."""
+    for layer_type in sorted({layer.layer_type for layer in config.layers}, reverse=True):
+        layers = [layer for layer in config.layers if layer.layer_type == layer_type]
+        attention = layers[0].attention
+        window = "" if attention.sliding_window is None else f", window {attention.sliding_window}"
+        kv_sources = [layer.index for layer in layers if layer.is_kv_source]
+        sharers = [layer.index for layer in layers if not layer.is_kv_source]
+        yield (
+            f"{layer_type}: {len(layers)} layers, {attention.num_heads} query and {attention.num_kv_heads} KV heads "
+            f"of {attention.head_dim}{window}"
+        )
+        yield f"  layers {_ranges([layer.index for layer in layers])}"
+        yield f"  K and V owned by {_ranges(kv_sources)}"
+        if sharers:
+            sources = sorted({layer.kv_source for layer in layers if not layer.is_kv_source})
+            yield f"  shared by {_ranges(sharers)}, which read layer {_ranges(sources)}'s"
+
+
+def _ranges(layers: list[int]) -> str:
+    """Layers as `0-4, 6, 8-9`."""
+    return format_layers(layers).replace("+", ", ")
+
+
+if __name__ == "__main__":
+    command_line.leave(main)

@@ -1,0 +1,230 @@
+"""A matrix as stored, in C++: quantized, multiplied by and decoded. `epic_quant.quant` has the reference.
+
+What is stored of a row is packed codes and fp16 scales, one for every group of columns. A new coding is a row of
+`kCodings` in src/format.h and a specialization of `Codes` in src/codes.h; no Python here names one.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from epic_quant import kernels
+from epic_quant.errors import KernelError, QuantizationError, unknown
+
+# The numbers of `enum class Element` and `enum class Rounding` in src/format.h.
+_ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ROUNDINGS = {"nearest": 0, "sign": 1, "table": 2}
+
+
+@dataclass(frozen=True)
+class Format:
+    """What codes mean, and how quantizing chooses them and their scales.
+
+    `coding` says how codes lie in a row's bytes: "bits1" to "bits8", the lowest bit first, across byte borders, or
+    "trits", five base-3 digits a byte, the first as the lowest. Codes from 0 on stand for `levels`, ascending whole
+    numbers in [-128, 127], in units of the scale. A ratio of weight and scale is rounded to the "nearest" of evenly
+    spaced levels, to its "sign" where its magnitude is above 0.33, or to the nearest level of a "table" of 4, 8 or 16.
+
+    The scale is a group's largest magnitude over `divisor`. Where that is 0, it is the one of least squared error,
+    searched from the best one for Gaussian weights, whose levels are `gaussian_step` standard deviations apart, to the
+    one that puts the largest magnitude on `peak_level`; negative, with `either_sign`, where the largest weight is
+    positive.
+    """
+
+    coding: str
+    levels: tuple[int, ...]
+    rounding: str = "nearest"
+    divisor: float = 0.0
+    gaussian_step: float = 0.0
+    peak_level: int = 0
+    either_sign: bool = False
+
+
+class Rotation(NamedTuple):
+    """Rows times `signs` [cols], fp32, and then Sylvester's Hadamard matrix in every `block`.
+
+    The signs are ±1 over the block's root, so that norms are kept. Raises KernelError, where it is used, for a block
+    that is no power of two or does not divide the row, and for signs that do not fit.
+    """
+
+    block: int
+    signs: Tensor
+
+
+class NativeMatrix:
+    """A matrix [rows, cols] as stored, with the kernels that serve it chosen.
+
+    `packed` [rows, row bytes] uint8 and `scale` [rows, a divisor of cols] fp16 are kept, or copied where they are not
+    contiguous and aligned. What is stored of a row may be that of the row rotated. `isa` is the instruction set, by
+    default the one that this process computes with. Raises KernelError for buffers that do not fit, a format that no
+    kernel knows, and an instruction set that has no kernels here.
+    """
+
+    def __init__(
+        self,
+        format: Format,
+        packed: Tensor,
+        scale: Tensor,
+        cols: int,
+        rotation: Rotation | None = None,
+        isa: str | None = None,
+    ) -> None:
+        self.isa = isa or kernels.isa()
+        self._format = format
+        self._rotation = rotation
+        native = _native_format(format)
+        if packed.dim() != 2 or packed.dtype != torch.uint8 or cols < 1 or packed.shape[1] != native.row_nbytes(cols):
+            wanted = f"{torch.uint8} [rows, {native.row_nbytes(max(cols, 0))}] for {cols} columns, 1 or more"
+            raise KernelError(f"packed is {packed.dtype} {list(packed.shape)}, expected {wanted}")
+        rows = packed.shape[0]
+        if scale.dim() != 2 or scale.dtype != torch.float16 or scale.shape[0] != rows:
+            wanted = f"{torch.float16} [{rows}, a divisor of {cols}]"
+            raise KernelError(f"scale is {scale.dtype} {list(scale.shape)}, expected {wanted}")
+        if not scale.shape[1] or cols % scale.shape[1]:
+            raise KernelError(f"{scale.shape[1]} scales a row do not divide rows of {cols}")
+        if rotation is not None:
+            _check_rotation(rotation, cols)
+        self.shape = rows, cols
+        self.packed, self.scale = _in_memory(packed), _in_memory(scale)
+        try:
+            self._native: Any = _native().Matrix(
+                self.isa,
+                native,
+                rotation.block if rotation else 0,
+                rotation.signs.data_ptr() if rotation else 0,
+                rows,
+                cols,
+                scale.shape[1],
+                self.packed.data_ptr(),
+                self.scale.data_ptr(),
+            )
+        except ValueError as error:
+            raise KernelError(f"{error}; this machine has: {', '.join(kernels.isas())}") from None
+
+    @classmethod
+    def quantize(
+        cls,
+        format: Format,
+        weight: Tensor,
+        group_size: int,
+        rotation: Rotation | None = None,
+        isa: str | None = None,
+    ) -> NativeMatrix:
+        """`weight` [rows, cols] floats as stored, with a scale for every `group_size` columns.
+
+        Raises QuantizationError where a number is not finite, which names the first such row, and KernelError where
+        the group does not divide the row, and as the constructor does.
+        """
+        rows, cols = weight.shape
+        if group_size < 1 or cols % group_size:
+            raise KernelError(f"a group of {group_size} does not divide rows of {cols}")
+        packed = torch.empty(rows, _native_format(format).row_nbytes(cols), dtype=torch.uint8)
+        scale = torch.empty(rows, cols // group_size, dtype=torch.float16)
+        matrix = cls(format, packed, scale, cols, rotation, isa)
+        weight = _in_memory(weight if weight.dtype in _ELEMENTS else weight.float())
+        bad = matrix._native.quantize(_ELEMENTS[weight.dtype], weight.data_ptr(), torch.get_num_threads())
+        if bad >= 0:
+            raise QuantizationError(f"NaN or infinity in row {bad}")
+        return matrix
+
+    def dequantize(self, dtype: torch.dtype = torch.float32, *, rotated: bool = False) -> Tensor:
+        """The matrix [rows, cols]; what `dtype` cannot hold saturates. `rotated` leaves rows as they are stored."""
+        decoded = torch.empty(self.shape, dtype=dtype if dtype in _ELEMENTS else torch.float32)
+        element = _ELEMENTS[decoded.dtype]
+        self._native.dequantize(element, decoded.data_ptr(), rotated, torch.get_num_threads())
+        return decoded.to(dtype)
+
+    @property
+    def has_matmul(self) -> bool:
+        """Whether there are kernels that multiply by codes of this coding."""
+        found: bool = self._native.has_matmul
+        return found
+
+    def matmul(self, x: Tensor, activations: str = "fp32") -> Tensor:
+        """`x` [..., cols], any float dtype but computed in fp32, times the transpose: [..., rows] in x's dtype.
+
+        x is rotated as the rows are. Activations "fp32" are exact to fp32's rounding; "int8" rounds them to 8 bits with
+        a scale for a block of at most 320 in a row. A row of x with NaN or infinity may give NaN where infinity would
+        be right. Raises KernelError for a coding without kernels, other activations, no tokens, other inner dims, or
+        what is no float tensor in memory.
+        """
+        if not self.has_matmul:
+            raise KernelError(f"no kernel multiplies by codes as {self._format.coding}")
+        if activations not in kernels.ACTIVATIONS:
+            raise KernelError(unknown("activations", activations, kernels.ACTIVATIONS))
+        rows, cols = self.shape
+        if x.layout is not torch.strided or x.device.type != "cpu" or not x.is_floating_point():
+            raise KernelError(f"x is {x.dtype} on {x.device}, expected floats in memory")
+        if x.dim() == 0 or x.shape[-1] != cols:
+            raise KernelError(f"x is {list(x.shape)}, expected [..., {cols}]")
+        tokens = x.numel() // cols
+        if not tokens:
+            raise KernelError(f"x is {list(x.shape)}: no tokens")
+        values = _in_memory(x.detach().float())
+        out = torch.empty(*x.shape[:-1], rows)
+        self._native.matmul(values.data_ptr(), tokens, out.data_ptr(), activations == "int8", torch.get_num_threads())
+        return out.to(x.dtype)
+
+    def __reduce__(self) -> tuple[type[NativeMatrix], tuple[Any, ...]]:
+        return NativeMatrix, (self._format, self.packed, self.scale, self.shape[1], self._rotation, self.isa)
+
+
+def rotate(x: Tensor, rotation: Rotation, *, inverse: bool = False, isa: str | None = None) -> Tensor:
+    """Rows of x [..., cols], fp32, rotated, or rotated back; `isa` as in `NativeMatrix`.
+
+    Raises KernelError for what does not fit.
+    """
+    cols = x.shape[-1]
+    _check_rotation(rotation, cols)
+    if x.dtype != torch.float32:
+        raise KernelError(f"rows to rotate are {x.dtype}, expected {torch.float32}")
+    x = _in_memory(x)
+    rotated = torch.empty_like(x)
+    block, signs = rotation.block, rotation.signs.data_ptr()
+    addresses = x.data_ptr(), rotated.data_ptr()
+    threads = torch.get_num_threads()
+    _native().rotate(isa or kernels.isa(), block, signs, inverse, x.numel() // cols, cols, *addresses, threads)
+    return rotated
+
+
+def _in_memory(x: Tensor) -> Tensor:
+    """Itself, or a copy that is contiguous and aligned. Raises KernelError where it is not in this process' memory."""
+    if x.device.type != "cpu":
+        raise KernelError(f"a tensor on {x.device} is nothing that a kernel can read, expected one on cpu")
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % x.itemsize else x
+
+
+def _check_rotation(rotation: Rotation, cols: int) -> None:
+    block, signs = rotation
+    if block < 1 or block & (block - 1) or cols < 1 or cols % block:
+        raise KernelError(f"a block of {block} does not divide rows of {cols}, or is no power of two")
+    if signs.shape != (cols,) or signs.dtype != torch.float32 or not signs.is_contiguous():
+        raise KernelError(f"the signs do not fit rows of {cols}")
+
+
+def _native() -> Any:
+    if kernels._NATIVE is None:
+        raise KernelError(f"the native module is not built; this installation has: {', '.join(kernels.isas())}")
+    return kernels._NATIVE
+
+
+@functools.cache
+def _native_format(format: Format) -> Any:
+    try:
+        return _native().Format(
+            format.coding,
+            format.levels,
+            _ROUNDINGS[format.rounding],
+            format.divisor,
+            format.gaussian_step,
+            format.peak_level,
+            format.either_sign,
+        )
+    except ValueError as error:
+        raise KernelError(str(error)) from None

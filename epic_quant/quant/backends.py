@@ -1,0 +1,55 @@
+"""What computes with a format on a device: a table of kernels, beside which the torch code of `quant` is the reference.
+
+A choice is a value: the name of an instruction set or `reference`; None stands for `default()`. It is passed where a
+matrix is made, and the matrix keeps it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from epic_quant import kernels
+from epic_quant.errors import KernelError
+from epic_quant.kernels import ACTIVATIONS, REFERENCE, matrix
+from epic_quant.kernels.matrix import Format as Rule
+from epic_quant.kernels.matrix import NativeMatrix as KernelMatrix
+from epic_quant.kernels.matrix import Rotation
+from epic_quant.spec import FORMATS
+
+__all__ = ["ACTIVATIONS", "BACKENDS", "REFERENCE", "KernelMatrix", "Rotation", "Rule", "default", "kernels_for"]
+
+
+def default() -> str:
+    """What computes where nothing else is asked for: the fastest here, or what `EPIC_QUANT_ISA` names.
+
+    Raises KernelError where that is none of what this machine has.
+    """
+    return kernels.isa()
+
+
+def kernels_for(format_name: str, device: torch.device, backend: str | None) -> type[KernelMatrix] | None:
+    """The kernels of a format on a device; None where the reference computes. KernelError for an unknown backend."""
+    return None if _chosen(backend) == REFERENCE else BACKENDS.get((format_name, device.type))
+
+
+def rotate(x: Tensor, rotation: Rotation, backend: str | None, *, inverse: bool) -> Tensor | None:
+    """Rows of x [..., cols] rotated, or rotated back, by a kernel; None where the reference computes."""
+    chosen = _chosen(backend)
+    if chosen == REFERENCE or x.dtype is not torch.float32 or x.device.type != "cpu" or not x.numel():
+        return None
+    return None if x.requires_grad else matrix.rotate(x, rotation, inverse=inverse, isa=chosen)
+
+
+def _chosen(backend: str | None) -> str:
+    if backend is None:
+        return default()
+    if backend not in kernels.isas():
+        raise KernelError(f"no backend {backend!r}; this machine has: {', '.join(kernels.isas())}")
+    return backend
+
+
+# The native kernels know every format with one scale a group. A GPU's kernels are rows more: ("int4", "cuda").
+BACKENDS: dict[tuple[str, str], type[KernelMatrix]] = {
+    (info.name, "cpu"): KernelMatrix for info in FORMATS.values() if info.scales_per_group == 1
+}

@@ -1,0 +1,217 @@
+"""Scalar formats: a code for each weight and fp16 scales for groups of them, of rows that may be rotated first."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from epic_quant.errors import QuantizationError
+from epic_quant.quant import backends, gptq, hadamard
+from epic_quant.quant.backends import KernelMatrix, Rotation, Rule
+from epic_quant.quant.bitpack import Packing
+from epic_quant.quant.formats import Format, check_finite, format_named
+from epic_quant.quant.scales import SCALE_DTYPE, stored_scale
+from epic_quant.quant.stored import StoredMatrix, bits_per_weight, row_chunks
+from epic_quant.spec import WeightSpec
+
+# Weights worked on at a time: temporaries of 1 MB in fp32 stay in a core's cache. Error compensation multiplies
+# matrices, and wants more rows at once.
+_CHUNK = 2**18
+_COMPENSATED_CHUNK = 2**23
+
+# Far beyond what has a scale in fp16: so that sums in a rotation do not overflow.
+MAX_ROTATED = 2.0**100
+
+
+@dataclass(frozen=True)
+class GroupedFormat(Format):
+    """How the weights of a group become codes and back.
+
+    Its methods see groups as [n, size], fp32, and know nothing of rows, packing, rotation or error compensation.
+    """
+
+    name: str
+    packing: Packing
+
+    @cached_property
+    def rule(self) -> Rule | None:
+        """The format in the terms of the native kernels; None where they do not have it."""
+        return None
+
+    @abstractmethod
+    def fit(self, groups: Tensor) -> Tensor:
+        """The scales of each group: [n, size] fp32 to [n, scales a group] fp32."""
+
+    @abstractmethod
+    def encode(self, groups: Tensor, scale: Tensor) -> Tensor:
+        """Codes of the nearest values under that scale: [n, size] fp32 to [n, size] uint8."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
+        """The values that codes stand for: [n, size] uint8 to [n, size] fp32. A zero scale gives zeros."""
+
+    def quantize(
+        self, weight: Tensor, spec: WeightSpec, hessian: Tensor | None = None, backend: str | None = None
+    ) -> GroupedMatrix:
+        """As `quant.quantize`. A scale saturates at 65504, and weights too small for the least one become zeros."""
+        rows, cols = weight.shape
+        spec = resolved(spec, cols)
+        kernels = None if spec.gptq else backends.kernels_for(self.name, weight.device, backend)
+        if kernels is not None and self.rule is not None:
+            made = kernels.quantize(self.rule, weight, spec.group_of(cols), _rotation(spec, cols), backend)
+            return GroupedMatrix(made.packed, made.scale, cols, spec, backend)
+        (_, packed_shape), (_, scale_shape) = self.layout(spec, (rows, cols)).values()
+        packed = torch.empty(packed_shape, dtype=torch.uint8, device=weight.device)
+        scale = torch.empty(scale_shape, dtype=SCALE_DTYPE, device=weight.device)
+        factor = _inverse_cholesky_factor(spec, hessian, cols) if spec.gptq else None
+        for chunk in row_chunks(rows, cols, _COMPENSATED_CHUNK if spec.gptq else _CHUNK):
+            values = weight[chunk].float().contiguous()
+            check_finite(values, chunk.start)
+            if spec.hadamard_block:
+                values = hadamard.rotate(values.clamp(-MAX_ROTATED, MAX_ROTATED), spec.hadamard_block, backend)
+            if factor is None:
+                groups = values.reshape(-1, spec.group_of(cols))
+                scales = self.fit(groups)
+                codes = self.encode(groups, scales).view(values.shape)
+                scale[chunk] = stored_scale(scales).view(len(values), -1)
+            else:
+                codes, scale[chunk] = gptq.encode(values, factor, spec.group_of(cols), self)
+            packed[chunk] = self.packing.pack(codes)
+        return GroupedMatrix(packed, scale, cols, spec, backend)
+
+    def from_tensors(
+        self, spec: WeightSpec, tensors: Mapping[str, Tensor], shape: tuple[int, int], backend: str | None = None
+    ) -> StoredMatrix:
+        return GroupedMatrix(tensors["packed"], tensors["scale"], shape[1], resolved(spec, shape[1]), backend)
+
+    def layout(self, spec: WeightSpec, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        rows, cols = shape
+        scales = cols // resolved(spec, cols).group_of(cols) * spec.info.scales_per_group
+        return {
+            "packed": (torch.uint8, (rows, self.packing.row_nbytes(cols))),
+            "scale": (SCALE_DTYPE, (rows, scales)),
+        }
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GroupedMatrix:
+    """`packed` [rows, row bytes] uint8, codes, and `scale` [rows, scales a row] fp16.
+
+    `spec` has the Hadamard block that was used. `backend` names what computes; None is `backends.default()`.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    cols: int
+    spec: WeightSpec
+    backend: str | None = None
+
+    def __repr__(self) -> str:
+        return f"GroupedMatrix({self.spec}, {list(self.shape)}, {self.bits_per_weight:.3f} bits a weight)"
+
+    def __reduce__(self) -> tuple[type[GroupedMatrix], tuple[object, ...]]:
+        return GroupedMatrix, (self.packed, self.scale, self.cols, self.spec, self.backend)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.packed.shape[0], self.cols
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes + self.scale.nbytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        return bits_per_weight(self)
+
+    def rows(self, ids: Tensor) -> GroupedMatrix:
+        return replace(self, packed=self.packed.index_select(0, ids), scale=self.scale.index_select(0, ids))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        if self._kernels is not None:
+            return self._kernels.dequantize(dtype)
+        limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+        decoded = torch.empty(self.shape, dtype=dtype, device=self.packed.device)
+        for chunk, values in self._decoded_chunks():
+            if self.spec.hadamard_block:
+                values = hadamard.unrotate(values, self.spec.hadamard_block, self.backend)
+            decoded[chunk] = values.clamp_(-limit, limit)
+        return decoded
+
+    def matmul(self, x: Tensor, activations: str = "fp32") -> Tensor:
+        """As `StoredMatrix.matmul`; it rotates x, never the matrix back.
+
+        From the packed bytes where there is a kernel, which `computed_by` tells; fp64, empty ones and gradients are
+        for the reference, which knows no int8 activations.
+        """
+        if self._has_matmul and x.numel() and x.dtype is not torch.float64 and not x.requires_grad:
+            assert self._kernels is not None
+            return self._kernels.matmul(x, activations)
+        if self.spec.hadamard_block:
+            x = hadamard.rotate(x, self.spec.hadamard_block, self.backend)
+        products = (torch.nn.functional.linear(x, values.to(x.dtype)) for _, values in self._decoded_chunks())
+        return torch.cat(list(products), -1)
+
+    def computed_by(self, activations: str = "fp32") -> str:
+        if not self._has_matmul:
+            return backends.REFERENCE
+        assert self._kernels is not None
+        return f"{self._kernels.isa}, {activations} activations"
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"packed": self.packed, "scale": self.scale}
+
+    @cached_property
+    def _format(self) -> GroupedFormat:
+        found = format_named(self.spec.format)
+        assert isinstance(found, GroupedFormat)
+        return found
+
+    @cached_property
+    def _kernels(self) -> KernelMatrix | None:
+        """Itself with the kernels that serve it; None where the reference computes."""
+        kernels, rule = backends.kernels_for(self.spec.format, self.packed.device, self.backend), self._format.rule
+        if kernels is None or rule is None:
+            return None
+        return kernels(rule, self.packed, self.scale, self.cols, _rotation(self.spec, self.cols), self.backend)
+
+    @property
+    def _has_matmul(self) -> bool:
+        return self._kernels is not None and self._kernels.has_matmul and self.shape[0] > 0
+
+    def _decoded_chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """The matrix, fp32, some rows at a time, and still rotated."""
+        for chunk in row_chunks(*self.shape, _CHUNK):
+            packed, scale = self.packed[chunk], self.scale[chunk]
+            kernels = None if self._kernels is None else replace(self, packed=packed, scale=scale)._kernels
+            if kernels is not None:
+                yield chunk, kernels.dequantize(torch.float32, rotated=True)
+                continue
+            groups = self._format.packing.unpack(packed, self.cols).reshape(-1, self.spec.group_of(self.cols))
+            yield chunk, self._format.decode(groups, scale.float().view(groups.shape[0], -1)).view(-1, self.cols)
+
+
+def resolved(spec: WeightSpec, cols: int) -> WeightSpec:
+    """The spec with the Hadamard block that fits rows of `cols`. Raises QuantizationError where the group does not."""
+    if not spec.fits(cols):
+        raise QuantizationError(f"a group of {spec.group_size} does not divide a row of {cols}")
+    block = hadamard.block_for(cols, spec.hadamard_block)
+    return spec if block == spec.hadamard_block else replace(spec, hadamard_block=block)
+
+
+def _rotation(spec: WeightSpec, cols: int) -> Rotation | None:
+    block = spec.hadamard_block
+    return hadamard.rotation(cols, block) if block else None
+
+
+def _inverse_cholesky_factor(spec: WeightSpec, hessian: Tensor | None, cols: int) -> Tensor:
+    """That of the Hessian of rotated inputs, where rows are rotated."""
+    hessian = gptq.check_hessian(hessian, cols)
+    if spec.hadamard_block:
+        hessian = hadamard.rotate(hadamard.rotate(hessian, spec.hadamard_block).T, spec.hadamard_block)
+    return gptq.inverse_cholesky_factor(hessian)

@@ -1,0 +1,71 @@
+"""`StoredMatrix`: a matrix as a storage format keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from epic_quant.spec import WeightSpec
+
+
+@runtime_checkable
+class StoredMatrix(Protocol):
+    """A matrix [rows, cols] in a storage format. It lies, and is computed with, on the device of its tensors."""
+
+    @property
+    def spec(self) -> WeightSpec:
+        """Its format and options, with the Hadamard block that fits its rows."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is stored."""
+        ...
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits for each element of the matrix."""
+        ...
+
+    def rows(self, ids: Tensor) -> StoredMatrix:
+        """Only the rows `ids` [n], integers, in that order; others are not read. IndexError if one is out of range."""
+        ...
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix [rows, cols]; what `dtype` cannot hold saturates."""
+        ...
+
+    def matmul(self, x: Tensor, activations: str = "fp32") -> Tensor:
+        """`x` [..., cols] times the transposed matrix: [..., rows] in the dtype of x. `quant.linear` checks shapes."""
+        ...
+
+    def computed_by(self, activations: str = "fp32") -> str:
+        """What multiplies by it, and the form of activations that it takes: `avx2, int8 activations`."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is stored, by name, a row of the matrix in each row; `quant.from_tensors` reads it back."""
+        ...
+
+
+Weight = Tensor | StoredMatrix
+
+
+def bits_per_weight(matrix: StoredMatrix) -> float:
+    """What `StoredMatrix.bits_per_weight` is; 0 for a matrix without elements."""
+    rows, cols = matrix.shape
+    return 8 * matrix.nbytes / max(1, rows * cols)
+
+
+def row_chunks(rows: int, cols: int, numel: int) -> Iterator[slice]:
+    """Slices of rows that hold about `numel` weights each."""
+    step = max(1, numel // cols)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))

@@ -1,0 +1,37 @@
+"""What recipes are chosen from, as a run's JSON and the prices beside it tell."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from epic_quant.errors import RecipeError
+from epic_quant.recipe.assignment import By, Problem
+from epic_quant.records.subjects import FootprintRecord, QualityRecord
+from epic_quant.results.prices import Prices
+from epic_quant.results.run import Run
+from epic_quant.spec import NAMED, REFERENCE, PLESpec
+
+
+def problem_of(run: Run, prices: Prices, by: By = "tensor", keep: Collection[str] = ()) -> Problem:
+    """The problem of a run; classes in `keep`, or the `kv_cache`, stay in bf16.
+
+    Raises RecipeError where the run does not tell the resident bytes of `bf16`, and on a class to keep that is none.
+    """
+    return Problem(prices, _resident_parts(run), _ple(run), by, frozenset(keep))
+
+
+def _resident_parts(run: Run) -> Mapping[str, float]:
+    """Resident bytes of `bf16` by part, from its footprint or, where that did not run, from its quality."""
+    footprint = run.value(FootprintRecord, "parts", policy=REFERENCE, model="this checkpoint", column="resident")
+    if parts := footprint or run.value(QualityRecord, "parts", policy=REFERENCE):
+        return dict(parts)
+    raise RecipeError(
+        "the JSON does not tell the resident bytes of bf16 by part; make them with: "
+        "pytest benchmarks/test_quality.py --benchmark-json out.json"
+    )
+
+
+def _ple(run: Run) -> PLESpec:
+    """As many PLE rows as `bf16` keeps in this run. Where those are fixed, the ones used last take the same bytes."""
+    ple = run.policies.get(REFERENCE, NAMED[REFERENCE]).ple
+    return PLESpec("lru", ple.capacity_rows) if ple.residency == "static" else ple

@@ -1,0 +1,6 @@
+"""What a benchmark writes and a report reads: `subjects` has a dataclass for each subject. Without torch."""
+
+from epic_quant.records.metrics import METRICS, Metric
+from epic_quant.records.record import JSON_KEY, SCHEMA_VERSION, Record, SubjectRecord
+
+__all__ = ["JSON_KEY", "METRICS", "SCHEMA_VERSION", "Metric", "Record", "SubjectRecord"]

@@ -1,0 +1,54 @@
+"""The text of a `WeightSpec`."""
+
+import pytest
+
+from epic_quant.errors import SpecError
+from epic_quant.spec import FORMATS, WeightSpec
+
+SPECS = [
+    *FORMATS,
+    "absmax3-packed-g32",
+    "int4-g128",
+    "ternary-g64+had256",
+    "codebook3+had512+gptq",
+    "int2-g32+gptq",
+    "int4+had1",
+]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_spec_reads_back(spec):
+    assert str(WeightSpec.parse(spec)) == spec
+    assert WeightSpec.parse(str(WeightSpec.parse(spec))) == WeightSpec.parse(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("", "unknown format ''"),
+        ("in4", "did you mean int4"),
+        ("int9-g32", "unknown format 'int9'; did you mean"),
+        ("absmax3-pack", "unknown option of absmax3 'pack'"),
+        ("int4-h32", "unknown option of int4 'h32'"),
+        ("int4-g0", "unknown option of int4 'g0'"),
+        ("int4-g032", "unknown option of int4 'g032'"),
+        ("int4-g32-g32", "unknown option of int4 'g32'"),
+        ("int4-", "unknown option of int4 ''"),
+        ("int4+hat256", "unknown stage 'hat256'; known: "),
+        ("int4+gptq+had256", "stages stand in that order"),
+        ("int4+gptq+gptq", "at most once"),
+        ("int4+", "unknown stage ''"),
+        ("int4+had0", "unknown stage 'had0'"),
+        ("int4+had100", "expected a power of two up to 4096"),
+        ("int4+had8192", "expected a power of two up to 4096"),
+        ("bf16-g32", "bf16 stores values as they are"),
+        ("bf16+had256", "bf16 stores values as they are"),
+        ("bf16+gptq", "bf16 stores values as they are"),
+        (" int4", "unknown format"),
+    ],
+)
+def test_a_spec_that_names_nothing_is_told_apart(spec, message):
+    with pytest.raises(SpecError) as caught:
+        WeightSpec.parse(spec)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
