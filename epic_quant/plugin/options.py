@@ -49,7 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="NAME_OR_STRING",
-        help="measure this KV policy (repeatable; default: all named ones), such as int4+had or k=int4@64/v=int4",
+        help="measure this KV policy (repeatable; default: all named ones), such as int4+had or k=int4-b64/v=int4",
     )
     group.addoption(
         "--kv-context", type=_positive, default=4096, metavar="TOKENS", help="longest text that goes into a KV cache"
