@@ -23,11 +23,10 @@ from epic_quant.policy import tensor_nbytes
 from epic_quant.prices import price
 from epic_quant.quality import Variant, measure
 from epic_quant.recipe.assignment import BY, Problem
-from epic_quant.records.subjects import PricesRecord, QualityRecord, SensitivityRecord
+from epic_quant.recipe.inputs import ple_of
+from epic_quant.records.subjects import CALIBRATION, EVALUATION, PricesRecord, QualityRecord, SensitivityRecord
 from epic_quant.results.prices import write_prices
 from epic_quant.spec import KV_CACHE, NAMED, NOISE_FLOOR, REFERENCE, PolicySpec
-
-EVALUATION, CALIBRATION = "evaluation", "calibration"
 
 # What a recipe leaves as it is. The named policies keep K and V in bf16, and at a long context those outweigh a small
 # model's weights: only a recipe that keeps them too spends the same bytes on the same things.
@@ -92,7 +91,7 @@ def prices(run, pytestconfig, hessians_for):
             hessians=hessians,
             context=run.context_of(run.config),
             facts=run.price_facts,
-            reduced_precision=run.reduces_precision,
+            reduced_precision=run.is_large,
             memory_nbytes=run.memory_nbytes,
             folder=run.options.resume,
             progress=step,
@@ -107,12 +106,11 @@ def prices(run, pytestconfig, hessians_for):
 @pytest.fixture(scope="session")
 def problem(run, prices):
     """`problem(by, keep)`: what recipes are chosen from."""
-    ple = run.policies[REFERENCE].ple
-    ple = type(ple)("lru", ple.capacity_rows) if ple.residency == "static" else ple
+    reference = run.policies[REFERENCE]
 
     @cache
     def made(by="tensor", keep=KEPT["in bf16"]):
-        return Problem(prices[0], resident(run, run.policies[REFERENCE]), ple, by, keep)
+        return Problem(prices[0], resident(run, reference), ple_of(reference), by, keep)
 
     return made
 

@@ -14,7 +14,7 @@ from epic_quant.gemma4.config import TextConfig
 from epic_quant.gemma4.tensors import TextTensor, expected_tensors
 from epic_quant.gemma4.weights import CheckpointWeights, Weights
 from epic_quant.quant import Weight, quantize
-from epic_quant.spec import BF16, PolicySpec, Target, WeightSpec
+from epic_quant.spec import BF16, PolicySpec, WeightSpec
 
 _PROBE_ROWS = 4
 
@@ -77,10 +77,10 @@ def check(policy: PolicySpec, config: TextConfig) -> None:
     That is a layer or kind of tensor that the model does not have, or a group that does not divide a tensor's rows.
     """
     tensors = [tensor for tensor in expected_tensors(config) if tensor.target is not None]
-    there = {wider for tensor in tensors if tensor.target is not None for wider in _wider(tensor.target)}
+    there = {wider for tensor in tensors if tensor.target is not None for wider in tensor.target.covering}
     for target, spec in policy.weights:
         if target not in there and (target.kind is not None or target.layer is not None):
-            raise SpecError(f"{_place(target)}={spec}: this model of {config.num_layers} layers has no such tensor")
+            raise SpecError(f"{target}={spec}: this model of {config.num_layers} layers has no such tensor")
     for layer, kv in policy.kv_layers:
         if not 0 <= layer < config.num_layers:
             raise SpecError(f"kv@{layer}={kv}: this model has layers 0 to {config.num_layers - 1}")
@@ -111,13 +111,3 @@ def row_nbytes(spec: WeightSpec, num_cols: int) -> float:
     """
     weight = torch.randn(_PROBE_ROWS, num_cols, generator=torch.Generator().manual_seed(0)).bfloat16()
     return quantize(weight, spec.without_gptq).nbytes / _PROBE_ROWS
-
-
-def _wider(target: Target) -> tuple[Target, ...]:
-    tensor_class, kind, layer = target
-    return target, Target(tensor_class, kind), Target(tensor_class, None, layer), Target(tensor_class)
-
-
-def _place(target: Target) -> str:
-    kind = "" if target.kind is None else f".{target.kind}"
-    return f"{target.tensor_class}{kind}" + ("" if target.layer is None else f"@{target.layer}")

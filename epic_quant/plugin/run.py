@@ -39,7 +39,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 DEFAULT_CHECKPOINT = REPOSITORY / "benchmarks" / "mini_gemma4"
 SEED = 0
 
-# Above this size the error of a tensor is taken on a sample of its rows (`--rows`).
+# Above this size a checkpoint is large: see `Run.is_large`.
 LARGE_CHECKPOINT_NBYTES = 1_000_000_000
 _DEFAULT_SAMPLED_ROWS = 256
 
@@ -96,11 +96,16 @@ class Run:
         return source.name if source.exists() else source.as_posix()
 
     @property
+    def is_large(self) -> bool:
+        """Whether what takes long is left to be asked for, sampled, or, as prices are, taken in reduced precision."""
+        return self.nbytes > LARGE_CHECKPOINT_NBYTES
+
+    @property
     def sampled_rows(self) -> int | None:
         """Rows of each tensor whose error is taken; None for all of them."""
         rows = self.options.rows
         if rows is None:
-            return _DEFAULT_SAMPLED_ROWS if self.nbytes > LARGE_CHECKPOINT_NBYTES else None
+            return _DEFAULT_SAMPLED_ROWS if self.is_large else None
         return None if rows == "all" else rows
 
     def context_of(self, config: TextConfig) -> int:
@@ -148,7 +153,7 @@ class Run:
         """
         if self.options.hessians:
             hessians = Hessians(self.options.hessians, self.checkpoint)
-        elif self.nbytes > LARGE_CHECKPOINT_NBYTES:
+        elif self.is_large:
             return {}
         else:
             text = self.calibration_text
@@ -158,7 +163,7 @@ class Run:
 
     def evaluation_hessians(self, folder: Path) -> Hessians | None:
         """The Hessians of the evaluation text, which give the output error on it; None on a large checkpoint."""
-        if self.nbytes > LARGE_CHECKPOINT_NBYTES:
+        if self.is_large:
             return None
         return gather(self.checkpoint, self.text, self._hessian_windows(self.text), folder / "evaluation.safetensors")
 
@@ -179,7 +184,7 @@ class Run:
     def num_windows(self) -> int:
         """The windows of a text that quality is judged on: `--windows`."""
         given: int | None = self.options.windows
-        return given or (1 if self.nbytes > LARGE_CHECKPOINT_NBYTES else _DEFAULT_WINDOWS)
+        return given or (1 if self.is_large else _DEFAULT_WINDOWS)
 
     @property
     def window_tokens(self) -> int:
@@ -199,12 +204,7 @@ class Run:
     def wants_prices(self) -> bool:
         """Whether tensors are priced: always on a small checkpoint, on one over 1 GB only where asked for."""
         asked = self.options.prices or self.options.price or self.options.by_layer
-        return bool(asked) or self.nbytes <= LARGE_CHECKPOINT_NBYTES
-
-    @property
-    def reduces_precision(self) -> bool:
-        """Whether prices are taken in reduced precision: on a checkpoint over 1 GB."""
-        return self.nbytes > LARGE_CHECKPOINT_NBYTES
+        return bool(asked) or not self.is_large
 
     @cached_property
     def price_windows(self) -> Tensor:
@@ -213,8 +213,7 @@ class Run:
         Raises TokenError where both texts are one.
         """
         self._check_apart(text_sha256(self.calibration_text))
-        large = self.nbytes > LARGE_CHECKPOINT_NBYTES
-        num_windows = self.num_windows * (1 if large else _PRICE_WINDOWS)
+        num_windows = self.num_windows * (1 if self.is_large else _PRICE_WINDOWS)
         skip = HESSIAN_WINDOWS * (HESSIAN_WINDOW_TOKENS - 1) if self._fits_hessians else 0
         sizes = num_windows, self.window_tokens
         return token_windows(self.checkpoint, self.calibration_text, *sizes, skip=skip, least=1)
@@ -222,7 +221,7 @@ class Run:
     @cached_property
     def _fits_hessians(self) -> bool:
         """Whether the calibration text gives the Hessians, with as much again for prices."""
-        if self.options.hessians or self.nbytes > LARGE_CHECKPOINT_NBYTES:
+        if self.options.hessians or self.is_large:
             return False
         try:
             token_windows(self.checkpoint, self.calibration_text, 2 * HESSIAN_WINDOWS, HESSIAN_WINDOW_TOKENS)
@@ -309,7 +308,7 @@ class Run:
     @cached_property
     def evaluated(self) -> dict[str, PolicySpec | Variant]:
         """The policies whose quality is judged, and the noise floor; not those that lack the Hessians to be fitted."""
-        fitted = bool(self.options.hessians) or self.nbytes <= LARGE_CHECKPOINT_NBYTES
+        fitted = bool(self.options.hessians) or not self.is_large
         found: dict[str, PolicySpec | Variant] = {
             name: policy for name, policy in self.policies.items() if fitted or not policy.needs_hessians
         }
@@ -382,7 +381,7 @@ _READ: Mapping[str, Callable[[Run], object]] = {
     "trace_of": lambda run: run.token_ids(run.text),
     "block_inputs": lambda run: run.windows(1, 2),
     "divergences": lambda run: run.windows(1, 2),
-    "evaluation_hessians": lambda run: None if run.nbytes > LARGE_CHECKPOINT_NBYTES else run.windows(1, 2),
+    "evaluation_hessians": lambda run: None if run.is_large else run.windows(1, 2),
 }
 
 

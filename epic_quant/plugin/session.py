@@ -100,7 +100,7 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
         lines += run.plan_of("sensitivity", variants, run.num_windows)
     if run.wants_prices and planned & {"prices", "predicted"}:
         num_windows, window_tokens = run.price_windows.shape
-        lines += plan_prices(run.config, run.priced_specs, num_windows, window_tokens, run.reduces_precision)
+        lines += plan_prices(run.config, run.priced_specs, num_windows, window_tokens, run.is_large)
     items = session.items if run.wants_prices else ()
     if recipes := sum("recipe_at" in getattr(item, "fixturenames", ()) for item in items):
         lines.append(f"recipes come of the prices: up to {recipes} policies more, each as long as one above")

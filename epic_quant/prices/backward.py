@@ -7,6 +7,7 @@ at a time. In comments N is windows, T the tokens of each, H hidden_size, D head
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from epic_quant.errors import CheckpointError
 from epic_quant.gemma4.block import decoder_block, rms_norm
 from epic_quant.gemma4.config import LayerSpec, TextConfig
 from epic_quant.gemma4.kv_store import ForwardKV
-from epic_quant.gemma4.model import attention_masks, embed, per_layer_inputs, rope_tables
+from epic_quant.gemma4.model import Forward, attention_masks, embed, per_layer_inputs, rope_tables
 from epic_quant.gemma4.tensors import TextTensor
 from epic_quant.gemma4.weights import Weights
 from epic_quant.quant import Weight
@@ -137,39 +138,23 @@ class Backward:
         """Fill the borders and keep the K and V that later layers share; returns the PLE inputs [N, T, L, ple_dim]."""
         hidden = embed(self.weights, self._windows, torch.float32)
         ple = per_layer_inputs(self.weights, self._windows, hidden)
-        kv = [ForwardKV(self.config) for _ in self._batches]
+        forwards = [
+            Forward(self.config, None if ple is None else ple[batch], self._rope, self._masks, ForwardKV(self.config))
+            for batch in self._batches
+        ]
         self._borders[0] = hidden
         for spec in self.config.layers:
             progress(f"layer {spec.index + 1} of {self.config.num_layers}")
             weights = self._decoded(spec)
-            for batch, its_kv in zip(self._batches, kv, strict=True):
-                hidden[batch] = self._block(hidden[batch], weights, spec, ple, batch, its_kv)
+            for batch, forward in zip(self._batches, forwards, strict=True):
+                hidden[batch] = forward.layer(hidden[batch], weights, spec, _product)
             _check_finite(hidden, f"the hidden state after layer {spec.index}", self.weights)
             self._borders[spec.index + 1] = hidden
         sources = {spec.kv_source for spec in self.config.layers if not spec.is_kv_source}
-        self._shared = {source: [its_kv.read(self.config.layers[source]) for its_kv in kv] for source in sources}
+        self._shared = {
+            source: [forward.kv.read(self.config.layers[source]) for forward in forwards] for source in sources
+        }
         return ple
-
-    def _block(
-        self,
-        hidden: Tensor,
-        weights: Mapping[str, Weight],
-        spec: LayerSpec,
-        ple: Tensor | None,
-        batch: slice,
-        kv: ForwardKV,
-    ) -> Tensor:
-        return decoder_block(
-            hidden,
-            weights,
-            spec,
-            config=self.config,
-            ple=None if ple is None else ple[batch, :, spec.index],
-            rope=self._rope[spec.layer_type],
-            mask=self._masks[spec.layer_type],
-            kv=kv,
-            apply=_product,
-        )
 
     def _decoded(self, spec: LayerSpec) -> dict[str, Weight]:
         """A layer's weights, decoded once for all batches: matrices in the dtype of products."""
@@ -390,10 +375,7 @@ class _Borders:
             self._states = torch.empty(shape)
             return
         self._file = tempfile.NamedTemporaryFile(dir=folder, prefix=".borders-")  # noqa: SIM115 - lives as long as this
-        numel = 1
-        for size in shape:
-            numel *= size
-        self._states = torch.from_file(self._file.name, shared=True, size=numel).view(shape)
+        self._states = torch.from_file(self._file.name, shared=True, size=math.prod(shape)).view(shape)
 
     def __setitem__(self, index: int, hidden: Tensor) -> None:
         self._states[index] = hidden

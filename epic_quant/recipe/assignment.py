@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from epic_quant.errors import RecipeError, unknown
 from epic_quant.recipe.exchange import Shares, improved
-from epic_quant.recipe.program import Option, assign, least_cost
+from epic_quant.recipe.program import Option, assign
 from epic_quant.results.prices import Priced, Prices
 from epic_quant.spec import BF16, KV_CACHE, KVSpec, PLESpec, PolicySpec, Target, TensorClass, WeightSpec
 
@@ -114,12 +114,8 @@ class Problem:
         Raises RecipeError on a budget below the least.
         """
         units = self.units
-        fixed = self._fixed_nbytes(units)
         costs = [[choice.resident_nbytes for choice in unit.choices] for unit in units]
-        least = fixed + sum(map(min, costs))
-        if budget < least:
-            raise RecipeError(f"a budget of {budget:,} bytes is too small: these specs need {least:,} at least")
-        return self._solved(units, costs, budget - fixed)
+        return self._within(units, costs, self._fixed_nbytes(units), budget)
 
     def frontier(self, count: int) -> list[Recipe]:
         """About so many recipes from the fewest resident bytes up, each the best at its own: no exchanges are made.
@@ -154,11 +150,7 @@ class Problem:
         fixed = round(self.resident_parts.get("norms", 0)) + sum(
             priced.whole_nbytes for priced in self.prices.tensors if self._is_kept(priced)
         )
-        costs = [[choice.nbytes for choice in unit.choices] for unit in units]
-        least = fixed + sum(map(min, costs))
-        if budget < least:
-            raise RecipeError(f"a budget of {budget:,} bytes is too small: these specs need {least:,} at least")
-        return self._solved(units, costs, budget - fixed)
+        return self._within(units, [[choice.nbytes for choice in unit.choices] for unit in units], fixed, budget)
 
     def within_bits(self, bits: float) -> Recipe:
         """The best recipe of at most `bits` bits a weight, on average over what is chosen for; K and V stay bf16.
@@ -217,7 +209,7 @@ class Problem:
             derivatives = _total([member.derivatives[index] for member, index in at])
             choices.append(choice(WeightSpec.parse(candidate), nbytes, derivatives))
         targets = tuple(member.target for member in members if member.target is not None)
-        return Unit(_place(target), part, targets, tuple(choices), sum(member.numel for member in members))
+        return Unit(str(target), part, targets, tuple(choices), sum(member.numel for member in members))
 
     def _kv_unit(self) -> Unit:
         """One KV spec holds for all layers, here as in llama.cpp."""
@@ -235,6 +227,13 @@ class Problem:
         chosen = {unit.part for unit in units}
         return sum(round(nbytes) for part, nbytes in self.resident_parts.items() if part not in chosen)
 
+    def _within(self, units: Sequence[Unit], costs: Sequence[Sequence[int]], fixed: int, budget: int) -> Recipe:
+        """The best recipe of `budget` bytes, `fixed` of which nothing is chosen for."""
+        least = fixed + sum(map(min, costs))
+        if budget < least:
+            raise RecipeError(f"a budget of {budget:,} bytes is too small: these specs need {least:,} at least")
+        return self._solved(units, costs, budget - fixed)
+
     def _solved(self, units: Sequence[Unit], costs: Sequence[Sequence[int]], budget: int) -> Recipe:
         """The sum of the units' own prices is minimised exactly, and improved by exchanges that see the cross terms."""
         options = [
@@ -244,7 +243,6 @@ class Problem:
             ]
             for its, unit in zip(costs, units, strict=True)
         ]
-        assert sum(map(min, costs)) == least_cost(options)
         shares = [
             Shares(np.array(its, dtype=np.int64), np.stack([choice.derivatives for choice in unit.choices]))
             for its, unit in zip(costs, units, strict=True)
@@ -302,8 +300,3 @@ def _total(derivatives: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
 
 def _commonest(specs: Iterable[WeightSpec]) -> WeightSpec:
     return Counter(specs).most_common(1)[0][0]
-
-
-def _place(target: Target) -> str:
-    kind = "" if target.kind is None else f".{target.kind}"
-    return f"{target.tensor_class}{kind}" + ("" if target.layer is None else f"@{target.layer}")

@@ -9,7 +9,7 @@ from epic_quant.recipe.assignment import By, Problem
 from epic_quant.records.subjects import FootprintRecord, QualityRecord
 from epic_quant.results.prices import Prices
 from epic_quant.results.run import Run
-from epic_quant.spec import NAMED, REFERENCE, PLESpec
+from epic_quant.spec import NAMED, REFERENCE, PLESpec, PolicySpec
 
 
 def problem_of(run: Run, prices: Prices, by: By = "tensor", keep: Collection[str] = ()) -> Problem:
@@ -17,7 +17,8 @@ def problem_of(run: Run, prices: Prices, by: By = "tensor", keep: Collection[str
 
     Raises RecipeError where the run does not tell the resident bytes of `bf16`, and on a class to keep that is none.
     """
-    return Problem(prices, _resident_parts(run), _ple(run), by, frozenset(keep))
+    ple = ple_of(run.policies.get(REFERENCE, NAMED[REFERENCE]))
+    return Problem(prices, _resident_parts(run), ple, by, frozenset(keep))
 
 
 def _resident_parts(run: Run) -> Mapping[str, float]:
@@ -31,7 +32,7 @@ def _resident_parts(run: Run) -> Mapping[str, float]:
     )
 
 
-def _ple(run: Run) -> PLESpec:
-    """As many PLE rows as `bf16` keeps in this run. Where those are fixed, the ones used last take the same bytes."""
-    ple = run.policies.get(REFERENCE, NAMED[REFERENCE]).ple
+def ple_of(reference: PolicySpec) -> PLESpec:
+    """As many PLE rows as `bf16` keeps. Where those are fixed, the ones used last take the same bytes."""
+    ple = reference.ple
     return PLESpec("lru", ple.capacity_rows) if ple.residency == "static" else ple

@@ -37,7 +37,7 @@ _METRICS = (
     Metric(
         "kl_divergence", "nat", "lower", "KL divergence of the next token's distribution from that of bf16, a token"
     ),
-    Metric("predicted_kl_divergence", "nat", "lower", "the same, as the sum of what each class alone does to it"),
+    Metric("predicted_kl_divergence", "nat", "lower", "the same, predicted from prices with their cross terms"),
     Metric("kl_se", "nat", "lower", "standard error of kl_divergence, over tokens as if they were independent"),
     Metric("kl_median", "nat", "lower", "median of the KL divergence of a token"),
     Metric("kl_p90", "nat", "lower", "KL divergence that 90 of 100 tokens stay within"),

@@ -7,13 +7,13 @@ became of a test and its median time. The file goes when pytest-benchmark's JSON
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from epic_quant.errors import ReportError
+from epic_quant.files import atomic
 from epic_quant.records import JSON_KEY, Record
 
 SUFFIX = ".partial.jsonl"
@@ -39,14 +39,10 @@ class PartialWriter:
         """
         self.path = path
         self.error: str | None = None
-        beside = path.with_name(f"{path.name}.{os.getpid()}")
+        first = {"datetime": datetime.now(UTC).isoformat(), JSON_KEY: facts, "planned": planned}
         try:
-            try:
-                first = {"datetime": datetime.now(UTC).isoformat(), JSON_KEY: facts, "planned": planned}
-                beside.write_text(_line(first), encoding="utf-8", newline="\n")
-                os.replace(beside, path)
-            finally:
-                beside.unlink(missing_ok=True)
+            with atomic(path) as unfinished:
+                unfinished.write_text(_line(first), encoding="utf-8", newline="\n")
             self._file = path.open("a", encoding="utf-8", newline="\n")
         except OSError as error:
             raise ReportError(self._cannot(error)) from error

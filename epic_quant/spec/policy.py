@@ -157,7 +157,7 @@ class PolicySpec:
         for target, spec in self.weights:
             grouped.setdefault((target.tensor_class, target.kind, spec), []).append(target.layer)
         for (tensor_class, kind, spec), layers in grouped.items():
-            place = tensor_class.value if kind is None else f"{tensor_class}.{kind}"
+            place = Target(tensor_class, kind)
             numbers = [layer for layer in layers if layer is not None]
             if len(numbers) < len(layers):
                 yield f"{place}={spec}"
@@ -175,11 +175,7 @@ class PolicySpec:
 
 def _resolve(given: Mapping[Target, WeightSpec], target: Target) -> WeightSpec:
     """The spec of the narrowest given target that covers this one."""
-    tensor_class, kind, layer = target
-    for wider in (target, Target(tensor_class, kind), Target(tensor_class, None, layer), Target(tensor_class)):
-        if wider in given:
-            return given[wider]
-    return BF16
+    return next((given[wider] for wider in target.covering if wider in given), BF16)
 
 
 def _hides(given: Mapping[Target, WeightSpec], target: Target) -> bool:

@@ -40,3 +40,13 @@ class Target(NamedTuple):
     tensor_class: TensorClass
     kind: str | None = None
     layer: int | None = None
+
+    def __str__(self) -> str:
+        kind = "" if self.kind is None else f".{self.kind}"
+        return f"{self.tensor_class}{kind}" + ("" if self.layer is None else f"@{self.layer}")
+
+    @property
+    def covering(self) -> tuple[Target, ...]:
+        """The targets that cover this one, from the narrowest, which is itself, to its class."""
+        tensor_class, kind, layer = self
+        return self, Target(tensor_class, kind), Target(tensor_class, None, layer), Target(tensor_class)
