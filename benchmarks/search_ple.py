@@ -1,4 +1,4 @@
-"""Choose the window and the half-life of `w-lrfu`, on traces that `test_ple.py` does not judge by.
+"""Choose the window and the half-life of `w-lrfu`, on traces that `test_ple.py` does not report.
 
     python benchmarks/search_ple.py
 

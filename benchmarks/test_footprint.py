@@ -61,7 +61,7 @@ def test_as_published(model, text_config, policy, record, benchmark):
 
 
 def test_resident(model, text_config, policy, run, record, benchmark):
-    """What must really be in RAM: every live text weight, the PLE rows kept, and the KV cache."""
+    """What must really be in RAM: every text weight in use, the PLE rows kept, and the KV cache."""
     context = run.context_of(text_config)
     parts = footprint.resident(policy, text_config, context)
     record(counted(policy, model, RESIDENT, parts, text_config))

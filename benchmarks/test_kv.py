@@ -27,7 +27,7 @@ PUBLISHED = json.loads((FACTS / "published-numbers.json").read_text(encoding="ut
 # What a formula over K and V of the bits that the original gives to rotated and to other dims comes to.
 ORIGINAL_BITS = {SLIDING: (4, 4), FULL: (4, 2)}
 
-# Tokens before each context length whose predictions are judged. They are decoded some at a time, all of which are
+# Tokens before each context length whose predictions are measured. They are decoded some at a time, all of which are
 # stored before any of them is read: the fewer, the more a token finds its neighbours as a decoder of one would.
 JUDGED_TOKENS = 64
 CHUNK = 32
@@ -56,14 +56,14 @@ def errors(captured):
     return cache(lambda policy, layer_type: of_type[layer_type].of(policy))
 
 
-def judged_slice(context):
-    """The tokens judged at a context length: its last ones."""
+def measured_tokens(context):
+    """The tokens measured at a context length: its last ones."""
     return slice(context - max(1, min(JUDGED_TOKENS, context // 2)), context)
 
 
 @pytest.fixture(scope="session")
 def divergences(run, window, captured):
-    """`divergences(policy, context)`: the KL divergence of every judged token from the forward without a cache.
+    """`divergences(policy, context)`: the KL divergence of every measured token from the forward without a cache.
 
     The text before them is a prefill, which computes with its own K and V and leaves them in the cache.
     """
@@ -72,16 +72,16 @@ def divergences(run, window, captured):
 
     @cache
     def exact_logits(context):
-        return head(weights, captured.hidden[0, judged_slice(context)])
+        return head(weights, captured.hidden[0, measured_tokens(context)])
 
     @cache
     def measure(policy, context):
-        judged, stored = judged_slice(context), KVCache(run.config, policy)
+        measured, stored = measured_tokens(context), KVCache(run.config, policy)
         for layer in captured.keys:
-            stored.append(layer, *(kept[layer][None, :, : judged.start] for kept in (captured.keys, captured.values)))
+            stored.append(layer, *(kept[layer][None, :, : measured.start] for kept in (captured.keys, captured.values)))
         logits = [
             model.logits(window[None, start : min(start + CHUNK, context)], cache=stored, start=start)[0]
-            for start in range(judged.start, context, CHUNK)
+            for start in range(measured.start, context, CHUNK)
         ]
         return kl_divergence(exact_logits(context), torch.cat(logits))
 

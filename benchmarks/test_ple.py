@@ -1,4 +1,4 @@
-"""The PLE row cache: what it hits on traces, how fast it is hot and cold, and what a packed table costs in quality."""
+"""The PLE row cache: what it hits on traces, how fast its rows are, and what a packed table costs in quality."""
 
 import gc
 import json
@@ -37,7 +37,7 @@ E4B = json.loads((FACTS / "gemma-4-E4B.config.json").read_text(encoding="utf-8")
 E4B_ROWS = E4B["text_config"]["vocab_size_per_layer_input"]
 E4B_ROW_NBYTES = 2 * E4B["text_config"]["num_hidden_layers"] * E4B["text_config"]["hidden_size_per_layer_input"]
 
-# Of each trace the first half warms the caches and is what static rows are chosen by; the second half is judged.
+# Of each trace the first half warms the caches and chooses the static rows; the second half is measured.
 ORIGINAL_TOKENS = 200_000
 ZIPF_TOKENS = 100_000
 WORDS_TOKENS = 300_000
@@ -108,9 +108,9 @@ def hits(residency, trace, capacities, table_rows):
 def test_hits(trace_name, residency, trace_of, record, benchmark):
     """Hit rate over capacity; timed is the cache's bookkeeping for 10,000 tokens."""
     trace, table_rows, row_nbytes = trace_of(trace_name)
-    judged = trace[len(trace) // 2 :]
+    measured = trace[len(trace) // 2 :]
     capacities = [rows for rows in CAPACITIES if table_rows / 1500 <= rows <= table_rows]
-    rates = [count / len(judged) for count in hits(residency, trace, capacities, table_rows)]
+    rates = [count / len(measured) for count in hits(residency, trace, capacities, table_rows)]
     if residency == LOWEST_IDS and trace_name == "original 85/15":
         assert abs(rates[capacities.index(traces.ORIGINAL_HOT_ROWS)] - traces.ORIGINAL_HOT_SHARE) < 0.003
     record(
@@ -121,16 +121,16 @@ def test_hits(trace_name, residency, trace_of, record, benchmark):
             capacities=tuple(capacities),
             hit_rates=tuple(rates),
             row_nbytes=row_nbytes,
-            tokens=len(judged),
-            distinct=len(np.unique(judged)),
+            tokens=len(measured),
+            distinct=len(np.unique(measured)),
             # What a cache can hit at the most that has to meet a token before it can hold its row.
-            met_before=simulation.lru(trace, [table_rows], len(trace) // 2)[0] / len(judged),
+            met_before=simulation.lru(trace, [table_rows], len(trace) // 2)[0] / len(measured),
             original_rows=traces.ORIGINAL_HOT_ROWS,
         )
     )
     name = residency if residency in NAMES else "static"
     bookkeeping = Residency.named(name, table_rows, capacities[-1])
-    benchmark.pedantic(bookkeeping.look_up, (judged[:10_000],), rounds=1)
+    benchmark.pedantic(bookkeeping.look_up, (measured[:10_000],), rounds=1)
 
 
 def test_the_originals_published_hit_rates_are_chance():
@@ -330,7 +330,7 @@ class ColdPass:
 @pytest.mark.parametrize("table", ALL_TABLES)
 @pytest.mark.parametrize(("way", "batch", "threads"), COLD_MODES)
 def test_cold(table, way, batch, threads, source_of, packed_of, record, benchmark):
-    """Rows that are neither hot nor in the system's page cache; where that cannot be verified nothing is told."""
+    """Rows that are neither hot nor in the system's page cache; where that cannot be verified, nothing is reported."""
     cold = ColdPass(source_of(table), way, batch, threads, packed_of(table) if way == "packed int8" else None)
     cold.evict()
     fetched, asked = pages.read_nbytes(), cold.cache.stats.bytes_read

@@ -5,7 +5,7 @@ is predicted of every policy. Measured are, on the evaluation text, the policies
 streamed run. On a checkpoint over 1 GB prices, ablations and recipes are made only where they are asked for: with
 `--prices`, or with `--by-layer`, which adds the ablations of every layer alone.
 
-K and V are kept in the dtype computed in unless a policy quantizes them: what bf16 does is told by `bf16-compute`.
+K and V are kept in the dtype computed in unless a policy quantizes them: `bf16-compute` measures what bf16 does.
 """
 
 import math

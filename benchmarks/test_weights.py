@@ -26,7 +26,7 @@ TIMED_WEIGHTS = 2**24
 
 @pytest.fixture(scope="session")
 def class_tensors(run):
-    """The live tensors of a class: their canonical names and the weights whose error is taken."""
+    """The tensors in use of a class: their canonical names and the weights whose error is taken."""
 
     def tensors(tensor_class):
         for tensor in run.tensors_of(tensor_class):
@@ -128,7 +128,7 @@ MULTIPLIED = tuple(part for part in TensorClass if part not in (TensorClass.PLE_
 
 @pytest.fixture(scope="session")
 def evaluation_hessians(run, tmp_path_factory):
-    """What the output error is judged with."""
+    """The Hessians that give the output error."""
     return run.evaluation_hessians(tmp_path_factory.mktemp("hessians"))
 
 
@@ -185,9 +185,9 @@ def test_ladder(
         error, norm = error + squared_norm(decoded - weight.float()), norm + squared_norm(weight)
         nbytes, weights = nbytes + quantized.nbytes, weights + weight.numel()
         if evaluated:
-            judged = evaluation_hessians[name]
-            output_error += squared_output_norm(decoded - weight.float(), judged)
-            output_norm += squared_output_norm(weight, judged)
+            hessian = evaluation_hessians[name]
+            output_error += squared_output_norm(decoded - weight.float(), hessian)
+            output_norm += squared_output_norm(weight, hessian)
 
     control = gaussian(weight.shape)
     bits, rel_l2 = 8 * nbytes / weights, relative(error, norm)

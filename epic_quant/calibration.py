@@ -38,7 +38,7 @@ _MODEL_PROJECTION = "per_layer_model_projection.weight"
 class Hessians(Mapping[str, Tensor]):
     """A file of Hessians: canonical tensor name to fp32 [cols, cols], the mean of x xᵀ over the inputs x.
 
-    Read lazily. Raises CheckpointError where the file is not there, is none of ours, or is of another checkpoint.
+    Read lazily. Raises CheckpointError where the file is missing, is no file of Hessians, or is of another checkpoint.
     """
 
     def __init__(self, path: Path, checkpoint: Checkpoint) -> None:
@@ -79,7 +79,7 @@ def gather(checkpoint: Checkpoint, text: Path, windows: Tensor, path: Path, *, p
     """Run `windows` [n, tokens] of `text` through the checkpoint in fp32, a layer at a time, and write their Hessians.
 
     Only one layer's Hessians are held at a time. The file takes 4 bytes times the square of the columns of each
-    distinct input: 21 GB for E4B's shapes. It is there whole, or not at all.
+    distinct input: 21 GB for E4B's shapes. It is written whole or not at all.
     """
     weights = CheckpointWeights(checkpoint)
     sizes = _stored_sizes(weights)
@@ -98,7 +98,7 @@ def gather(checkpoint: Checkpoint, text: Path, windows: Tensor, path: Path, *, p
 
 
 def text_sha256(path: Path) -> str:
-    """The hex digest by which a text is known, so that what is fitted and what is judged can be told apart."""
+    """The hex digest that identifies a text, to check that fitting and evaluation do not share one."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -160,11 +160,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "pytest benchmarks --checkpoint path/to/gemma-4-E4B --hessians hessians.safetensors --benchmark-json "
             "out.json",
         ],
-        "0; 2 where the checkpoint or the text cannot be read, or the Hessians not be written.",
+        "0; 2 if the checkpoint or the text cannot be read, or the Hessians cannot be written.",
     )
     parser.add_argument("source", help="a .safetensors file, a folder, or a hub id in the local cache")
     parser.add_argument(
-        "--text", type=Path, required=True, metavar="FILE", help="calibration text, never the one judged on"
+        "--text", type=Path, required=True, metavar="FILE", help="calibration text, never the evaluation text"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file of Hessians to write")
     parser.add_argument("--windows", type=int, default=32, metavar="N", help="windows of the text (32)")

@@ -124,7 +124,7 @@ class Checkpoint:
         self.close()
 
     def close(self) -> None:
-        """Lets go of the files. A view still held keeps its own file mapped, and stays valid, until it is dropped."""
+        """Closes the files. A view still held keeps its file mapped, and stays valid, until it is deleted."""
         self._views.clear()
         self._closed = True
 
@@ -188,11 +188,11 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that tell this checkpoint from others, at some 128 bytes read for each tensor.
+        """16 hex digits that identify this checkpoint, from some 128 bytes read for each tensor.
 
         A SHA-256 over every file's size, header, and the 64 bytes at the start and in the middle of each tensor.
         Paths, file names and times play no part. It does not catch a change of values outside of those bytes, so it
-        tells models apart, but does not prove a file undamaged; and the same tensors sharded otherwise differ.
+        distinguishes models, but does not prove a file undamaged; the same tensors in other shards differ.
         """
         self._check_open()
         digests = []
@@ -293,7 +293,7 @@ def _read_header(path: Path) -> dict[str, TensorLocation]:
                 raise CheckpointError(f"{path}: {file_nbytes} bytes are no .safetensors file; it is empty or truncated")
             if data_start > file_nbytes or header_nbytes > _MAX_HEADER_NBYTES:
                 raise CheckpointError(
-                    f"{path}: its first 8 bytes tell of a header of {header_nbytes} bytes in a file of {file_nbytes}; "
+                    f"{path}: its first 8 bytes give a header of {header_nbytes} bytes in a file of {file_nbytes}; "
                     "it is truncated or no .safetensors file"
                 )
             header = _parse_object(file.read(header_nbytes))
@@ -348,7 +348,7 @@ def _map(path: Path, locations: dict[str, TensorLocation]) -> Callable[[str], Te
         raise CheckpointError(f"{path}: {error}") from error
     except (OSError, RuntimeError):
         # safetensors maps the file as private and writable. Linux counts that as memory that may be needed, and
-        # refuses a file larger than RAM and swap together; Windows does likewise. A read-only map costs nothing.
+        # refuses a file larger than RAM and swap together; so does Windows. A read-only map costs nothing.
         return _map_read_only(path, locations)
     return get_tensor
 

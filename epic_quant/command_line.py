@@ -22,7 +22,7 @@ BROKEN_PIPE, INTERRUPTED = 141, 130
 
 
 def parser(module: str, description: str, examples: Sequence[str], statuses: str) -> argparse.ArgumentParser:
-    """A parser of `python -m epic_quant.MODULE` whose help ends with examples and what its exit statuses say."""
+    """A parser of `python -m epic_quant.MODULE` whose help ends with examples and exit statuses."""
     lines = ["examples:", *(f"  {example}" for example in examples), "", f"exit status: {statuses}"]
     made = argparse.ArgumentParser(
         prog=f"python -m epic_quant.{module}",
@@ -50,9 +50,9 @@ def reports_errors(main: _Main) -> Callable[..., int]:
 
 
 def policy_of(text: str) -> PolicySpec:
-    """The policy that an argument means: its name, its string, or `@FILE` with a name or string in that file.
+    """The policy that an argument gives: its name, its string, or `@FILE` with a name or string in that file.
 
-    Of a file, white space and line breaks do not count, and the policy is called by the file's name without suffix.
+    In a file, white space and line breaks are ignored. The policy gets the file's name without its suffix.
     Raises SpecError where the file cannot be read, is empty or has the name of another policy, and as
     `PolicySpec.parse`.
     """
@@ -77,14 +77,14 @@ def policy_of(text: str) -> PolicySpec:
 
 
 def print_text(text: str) -> None:
-    """Text to standard output in UTF-8, with the line breaks that it has, whatever the system's own are."""
+    """Print text to standard output in UTF-8, with its line breaks unchanged on every system."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", newline="\n")
     sys.stdout.write(text)
 
 
 def leave(main: Callable[[], int]) -> NoReturn:
-    """Run `main` and exit with its status; quietly where whoever reads its output has closed it, or on Ctrl-C."""
+    """Run `main` and exit with its status; without a traceback on a closed pipe or Ctrl-C."""
     try:
         status = main()
         sys.stdout.flush()

@@ -53,7 +53,7 @@ class RecipeError(EpicQuantError):
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """One line saying that `name` is no `kind`, with the near ones; with all, or the first few, where none is near."""
+    """One line: `name` is no known `kind`, with similar names, or without any with all or the first few known names."""
     choices = sorted(known)
     near = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
     listed = choices if len(choices) <= _MOST_LISTED else [*choices[:_MOST_LISTED], "…"]

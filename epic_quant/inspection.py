@@ -91,7 +91,7 @@ def _parts_table(checkpoint: Checkpoint, tensors: dict[str, TextTensor], total: 
 
 
 def _layers(config: TextConfig) -> Iterator[str]:
-    """Layer types, and who owns and who shares K and V."""
+    """Layer types, KV source layers, and the layers that share their K and V."""
     for layer_type in sorted({layer.layer_type for layer in config.layers}, reverse=True):
         layers = [layer for layer in config.layers if layer.layer_type == layer_type]
         attention = layers[0].attention
@@ -103,10 +103,10 @@ def _layers(config: TextConfig) -> Iterator[str]:
             f"of {attention.head_dim}{window}"
         )
         yield f"  layers {_ranges([layer.index for layer in layers])}"
-        yield f"  K and V owned by {_ranges(kv_sources)}"
+        yield f"  KV source layers {_ranges(kv_sources)}"
         if sharers:
             sources = sorted({layer.kv_source for layer in layers if not layer.is_kv_source})
-            yield f"  shared by {_ranges(sharers)}, which read layer {_ranges(sources)}'s"
+            yield f"  layers {_ranges(sharers)} share the K and V of layer {_ranges(sources)}"
 
 
 def _ranges(layers: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""Facts of the machine that times are held against."""
+"""Facts of the machine that times depend on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PROBE_NBYTES = 768 * 1024**2
 
 
 def cpu_name() -> str:
-    """The processor's brand string where the system tells it, else its architecture."""
+    """The processor's brand string where the system reports it, else its architecture."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -26,7 +26,7 @@ def cpu_name() -> str:
 
 
 def available_nbytes() -> int | None:
-    """Memory that can be had without swapping, or None where the system does not say."""
+    """Memory that can be had without swapping, or None where the system does not report it."""
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         for line in meminfo.read_text(encoding="ascii").splitlines():

@@ -1,4 +1,4 @@
-"""What a run will take, told before it starts: time from a short probe of each scheme, RAM, disk."""
+"""What a run will take, estimated before it starts: time from a short probe of each scheme, RAM, disk."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def plan(
     pairs = {(spec, tensor.tensor_class) for spec, tensor in quantized}
     lines, total_s = [], 0.0
     for spec in sorted({spec for spec, _ in pairs}, key=str):
-        sampled = [math.prod(sampled_shape(tensor, sampled_rows)) for said, tensor in quantized if said == spec]
+        sampled = [math.prod(sampled_shape(tensor, sampled_rows)) for other, tensor in quantized if other == spec]
         seconds = sum(sampled) * _seconds_a_weight(spec)
         total_s += seconds
         lines.append(f"  {spec}: {sum(sampled) / 1e6:,.1f} M weights, about {seconds:,.0f} s")

@@ -16,7 +16,7 @@ from epic_quant.spec import PolicySpec
 
 @command_line.reports_errors
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what each policy is predicted to do; 0, or 2 with one line on stderr where that cannot be told."""
+    """Print each policy's prediction; 0, or 2 with one line on stderr where none can be made."""
     options = _parser().parse_args(arguments)
     policies = [command_line.policy_of(text) for text in options.policy]
     run = read_run(options.json)

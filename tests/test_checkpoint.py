@@ -147,7 +147,7 @@ def _memory(field: str, path: Path | None = None) -> int:
 
 
 @pytest.mark.usefixtures("mapping")
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="this system does not tell memory by mapping")
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="this system does not report memory by mapping")
 def test_reading_takes_no_memory_of_its_own_and_rows_touch_only_their_pages(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     nbytes = 64 * 2**20
@@ -225,7 +225,7 @@ def test_missing_tensor_is_named_with_the_near_ones(folder: Path, ask: str) -> N
 
 
 @pytest.mark.usefixtures("mapping")
-def test_view_outlives_the_checkpoint_and_the_file_is_let_go_with_the_last_one(folder: Path) -> None:
+def test_view_outlives_the_checkpoint_and_the_file_is_closed_with_the_last_one(folder: Path) -> None:
     path = folder / "model.safetensors"
     with Checkpoint.open(folder) as checkpoint:
         view = checkpoint.tensor("table")
@@ -605,7 +605,7 @@ print(json.dumps(result | dict(time_s=time.perf_counter() - start, memory=peak()
 
 
 def test_e4b_is_opened_and_listed_in_little_time_and_memory(e4b_sparse_file: Path) -> None:
-    pytest.importorskip("resource", reason="this system does not tell a process' peak memory")
+    pytest.importorskip("resource", reason="this system does not report a process' peak memory")
     result = in_a_fresh_process(OPEN, e4b_sparse_file)
     assert result["names"] == 2130
     assert result["total"] == 15_992_595_884 - 281_048

@@ -32,9 +32,9 @@ def test_e4b_from_its_real_header(e4b_sparse_file, capsys):
     assert row(text, "not text")[0] == 2130 - (42 * 17 + 5)
     assert "full_attention: 7 layers, 8 query and 2 KV heads of 512" in text
     assert "sliding_attention: 35 layers, 8 query and 2 KV heads of 256, window 512" in text
-    assert "K and V owned by 5, 11, 17, 23" in text
-    assert "shared by 29, 35, 41, which read layer 23's" in text
-    assert "which read layer 22's" in text
+    assert "KV source layers 5, 11, 17, 23" in text
+    assert "layers 29, 35, 41 share the K and V of layer 23" in text
+    assert "share the K and V of layer 22" in text
 
 
 def test_the_parts_add_up_to_the_file(e4b_sparse_file):
@@ -63,7 +63,7 @@ def test_tensors_lists_each(toy, capsys):
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
         (lambda folder: (folder / "config.json").write_text("{", encoding="utf-8"), "not JSON"),
@@ -72,14 +72,14 @@ def test_tensors_lists_each(toy, capsys):
         (lambda folder: shutil.rmtree(folder), "no such file or folder"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(toy, tmp_path, capsys, damage, said):
+def test_bad_input_is_one_line_and_status_2(toy, tmp_path, capsys, damage, message):
     folder = shutil.copytree(toy("e4b"), tmp_path / "model")
     damage(folder)
     assert main([str(folder)]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1
-    assert said in captured.err
+    assert message in captured.err
 
 
 def test_a_config_that_disagrees_with_the_shapes_is_refused(toy, tmp_path, capsys):

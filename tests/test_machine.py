@@ -11,6 +11,6 @@ def test_the_processor_has_a_name():
     assert machine.cpu_name()
 
 
-def test_available_memory_is_positive_or_not_told():
+def test_available_memory_is_positive_or_not_reported():
     available = machine.available_nbytes()
     assert available is None or available > 0

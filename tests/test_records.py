@@ -91,7 +91,7 @@ SENSITIVITY = {
 
 
 @pytest.mark.parametrize(
-    ("part", "change", "said"),
+    ("part", "change", "message"),
     [
         ("labels", {"spec": None}, "lacks 'spec' among its labels"),
         ("labels", {"layer": "first"}, "layer is 'first', expected a number"),
@@ -104,10 +104,10 @@ SENSITIVITY = {
         ("details", {"kv": 4}, "kv is 4, expected str"),
     ],
 )
-def test_a_damaged_record_is_refused_by_name(part, change, said):
+def test_a_damaged_record_is_refused_by_name(part, change, message):
     parts = {name: dict(values) for name, values in SENSITIVITY.items()}
     parts[part] = {name: value for name, value in (parts[part] | change).items() if value is not None or name != "spec"}
-    with pytest.raises((TypeError, ValueError, SpecError), match=said):
+    with pytest.raises((TypeError, ValueError, SpecError), match=message):
         SensitivityRecord.from_record(Record("sensitivity", **parts))
 
 

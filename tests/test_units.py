@@ -30,6 +30,6 @@ def test_whole_bytes_are_exact(nbytes):
 
 
 @pytest.mark.parametrize("text", ["", "much", "3.5XB", "-1GB", "nan", "1e", "1,5GB", "i", "1iB", "1e999"])
-def test_what_is_no_size_is_told(text):
+def test_what_is_no_size_is_reported(text):
     with pytest.raises(ValueError, match="is no number of bytes"):
         parse_nbytes(text)

@@ -22,7 +22,7 @@ from epic_quant.quant import Weight, linear
 _BLOCK_QUERIES = 128
 _KEYS = 64
 
-# Computes x @ weight.T, as `quant.linear` does; is also told the weight's name inside the layer.
+# Computes x @ weight.T, as `quant.linear` does; also gets the weight's name inside the layer.
 Linear = Callable[[Tensor, Weight, str], Tensor]
 
 

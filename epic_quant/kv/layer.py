@@ -121,8 +121,8 @@ def _split(layer: LayerSpec, spec: LayerKVSpec, head: HeadSpec, dtype: torch.dty
                 dtype=dtype,
             )
         except QuantizationError as error:
-            said = f"{storage} does not fit the {num_dims} dims of layer {layer.index}'s heads"
-            raise SpecError(f"{said}: {error}") from error
+            misfit = f"{storage} does not fit the {num_dims} dims of layer {layer.index}'s heads"
+            raise SpecError(f"{misfit}: {error}") from error
         splits.append(_DimSplit(runs, segment))
     return splits
 

@@ -101,7 +101,7 @@ class PLERowCache:
         self.close()
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._reader.close()
 
     @property
@@ -177,7 +177,7 @@ class PLERowCache:
                 raise TokenError(f"token ids are {token_ids.dtype}; expected integers")
             token_ids = token_ids.to("cpu", torch.int64)
         ids: Ids = token_ids.reshape(-1).numpy()
-        # Seen as unsigned, a negative id is a very large one, so one look at the largest tells of both ends.
+        # As unsigned integers negative ids are very large, so one test of the largest id checks both bounds.
         largest = ids.item() % 2**64 if len(ids) == 1 else ids.view(np.uint64).max(initial=0)
         if largest >= self._num_rows:
             wrong = ids[(ids < 0) | (ids >= self._num_rows)][0]

@@ -1,4 +1,4 @@
-"""What the system holds in memory: a file's pages, this process's own. Each answer is None where it does not tell."""
+"""What the system holds in memory: a file's pages, this process's own. Each is None where it is not reported."""
 
 from __future__ import annotations
 

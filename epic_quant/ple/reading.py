@@ -98,7 +98,7 @@ class PositionedRows:
             return self._file.readinto(part) or 0
 
     def close(self) -> None:
-        """Let go of the file and the threads."""
+        """Close the file and stop the threads."""
         if self._pool is not None:
             self._pool.shutdown()
         self._file.close()

@@ -4,7 +4,7 @@ Slots are of three kinds. Pinned rows never leave theirs. A new row enters the w
 ago gives way (LRU). What leaves the window may enter the main part, where the row with the least key gives way, whether
 that is the newcomer or one that was there. The key is LRFU's (Lee et al., "LRFU: A Spectrum of Policies that Subsumes
 the Least Recently Used and Least Frequently Used Policies", 2001): the number of lookups, each of which counts half
-after `half_life` more. So rows are judged as in W-TinyLFU (Einziger et al., 2017), but by exact counts in place of a
+after `half_life` more. So rows are ranked as in W-TinyLFU (Einziger et al., 2017), but by exact counts in place of a
 sketch: a vocabulary is small enough to keep the key of every row, hot or not.
 """
 
@@ -25,7 +25,7 @@ Ids = NDArray[np.int64]
 
 NAMES = ("static", "lru", "static+lru", "w-lrfu")
 
-# The best mean hit rate that `benchmarks/search_ple.py` finds, on traces that no benchmark judges by: large windows
+# The best mean hit rate that `benchmarks/search_ple.py` finds, on traces that no benchmark reports: large windows
 # suit bursty text, small ones Zipf.
 WINDOW_SHARE = 5
 HALF_LIFE_CAPACITIES = 8

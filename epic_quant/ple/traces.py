@@ -1,4 +1,4 @@
-"""Streams of token ids to judge a cache by: int64 [n]."""
+"""Streams of token ids to evaluate a cache on: int64 [n]."""
 
 from __future__ import annotations
 

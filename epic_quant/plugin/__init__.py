@@ -1,4 +1,4 @@
-"""The pytest glue, each module a plugin of its own: what is measured, and what is told before, during and after it."""
+"""The pytest plugins, one a module: what is measured, and what is printed before, during and after it."""
 
 pytest_plugins = [
     "epic_quant.plugin.options",

@@ -1,4 +1,4 @@
-"""What a test takes by name: the run, a policy of it, and the function that records what came out."""
+"""What a test takes by name: the run, a policy of it, and the function that records results."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest) -> Any:
-    """Wrong input that all of a session rests on ends it with one line and status 2, not every test by itself."""
+    """Bad input that the whole session depends on ends it with one line and status 2, not each test alone."""
     try:
         return (yield)
     except EpicQuantError as error:

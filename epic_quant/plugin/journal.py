@@ -32,7 +32,7 @@ class Measured:
 
 
 class Journal:
-    """One session's: the tests that are to make records, those that did, and what became of each."""
+    """One session's: the planned tests, those that have made records, and the outcome of each."""
 
     def __init__(self) -> None:
         self.planned: list[str] = []
@@ -58,7 +58,7 @@ class Journal:
         return [test for test in self.planned if test not in self.outcomes]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Note what became of a test when its last phase has ended."""
+        """Store a test's outcome when its last phase has ended."""
         worst = max(self._latest.get(report.nodeid, PASSED), report.outcome, key=(PASSED, SKIPPED, FAILED).index)
         self._latest[report.nodeid] = worst
         if report.when != "teardown":

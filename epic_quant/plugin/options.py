@@ -57,14 +57,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--rows", type=_rows, metavar="N|all", help="rows of each tensor whose error is taken")
     group.addoption("--text", type=Path, metavar="FILE", help="evaluation text (default: the small model's eval.txt)")
     group.addoption(
-        "--calibration-text", type=Path, metavar="FILE", help="text that +gptq is fitted to, never judged on"
+        "--calibration-text", type=Path, metavar="FILE", help="text that +gptq is fitted to, never evaluated on"
     )
     group.addoption("--hessians", type=Path, metavar="FILE", help="hessians that python -m epic_quant.calibration made")
     group.addoption(
         "--windows",
         type=_positive,
         metavar="N",
-        help="windows of each text that quality is judged on (default: 3; 1 on a checkpoint over 1 GB)",
+        help="windows of each text that quality is measured on (default: 3; 1 on a checkpoint over 1 GB)",
     )
     group.addoption(
         "--window-tokens",
@@ -94,16 +94,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--resume", type=Path, metavar="FOLDER", help="keep the state of long evaluations there, and go on from it"
     )
-    group.addoption("--ple-trace", type=Path, metavar="FILE", help="text or .npy ids to judge the PLE row cache by")
-    group.addoption("--plan", action="store_true", help="say what would be measured and how long it takes, and stop")
+    group.addoption("--ple-trace", type=Path, metavar="FILE", help="text or .npy ids to evaluate the PLE row cache on")
+    group.addoption("--plan", action="store_true", help="print what would be measured and how long it takes, and stop")
     _add_outcome(parser)
 
 
 def _add_outcome(parser: pytest.Parser) -> None:
-    group = parser.getgroup("epic_quant outcome", "what is made of what was measured")
+    group = parser.getgroup("epic_quant outcome", "results")
     group.addoption("--fail-if", action="append", default=[], metavar=gate.METAVAR, help=gate.HELP)
     group.addoption(
-        "--baseline", type=Path, metavar="FILE", help="JSON of an older run, to hold every value and limit against"
+        "--baseline", type=Path, metavar="FILE", help="JSON of an older run, to compare every value and limit with"
     )
     group.addoption("--compare-times", action="store_true", help="compare times of different machines too")
     group.addoption("--report", type=Path, metavar="DIR", help="make the report there when the run ends")

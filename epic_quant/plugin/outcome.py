@@ -1,4 +1,4 @@
-"""The end of a run: its JSON, its limits and its report, and what the terminal says of all that."""
+"""The end of a run: its JSON, its limits and its report, and the terminal's summary of these."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from epic_quant.report.sections import baseline as baseline_section
 from epic_quant.report.sections import comparison, limits
 from epic_quant.report.writing import write_report
 from epic_quant.results.comparison import compare
-from epic_quant.results.gate import Condition, Judgement, check_baseline, judge
+from epic_quant.results.gate import Condition, LimitResult, check_baseline, check_limits
 from epic_quant.results.reading import parse_run, read_run
 from epic_quant.results.run import Run
 
@@ -33,11 +33,11 @@ _HEADLINE = "kl_divergence"
 
 @dataclass
 class Outcome:
-    """What is asked of the end of a run, and what came of it."""
+    """The options for the end of a run, and its results."""
 
     conditions: Sequence[Condition]
     baseline: Run | None
-    judged: Sequence[Judgement] = ()
+    results: Sequence[LimitResult] = ()
     lines: list[str] = field(default_factory=list)
     error: str | None = None
     saved: bool = False
@@ -47,7 +47,7 @@ _OUTCOME = pytest.StashKey[Outcome]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Say at once which limit, baseline or folder of a report is none."""
+    """Check the limits, the baseline and the report's folder before the run."""
     options = config.option
     reason = untimed(config) if is_distributed(config) else None
     if reason and (options.fail_if or options.baseline or options.report) and not hasattr(config, "workerinput"):
@@ -89,7 +89,7 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Judge the run and make its report; pytest-benchmark has written its JSON by now."""
+    """Check the run's limits and make its report; pytest-benchmark has written its JSON by now."""
     config = session.config
     journal, outcome = journal_of(config), config.stash[_OUTCOME]
     if journal.writer is not None:
@@ -103,27 +103,27 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         return
     try:
         if not journal.planned:
-            raise ReportError("no benchmark was run that --fail-if, --baseline or --report could be of")
+            raise ReportError("no benchmark was run, so --fail-if, --baseline and --report have no results to use")
         _end(config, outcome)
     except EpicQuantError as error:
         outcome.error = str(error)
     if exitstatus == pytest.ExitCode.OK:
         if outcome.error is not None:
             session.exitstatus = 2
-        elif any(one.fails for one in outcome.judged):
+        elif any(one.fails for one in outcome.results):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def _end(config: pytest.Config, outcome: Outcome) -> None:
     options = config.option
     run = _measured(config)
-    outcome.judged = judge(outcome.conditions, run, outcome.baseline, times=options.compare_times)
+    outcome.results = check_limits(outcome.conditions, run, outcome.baseline, times=options.compare_times)
     compared = None
     if outcome.baseline is not None:
         compared = compare(run, outcome.baseline, times=options.compare_times)
         outcome.lines += [line.replace("`", "") for line in baseline_section.findings(compared)]
     if options.report is not None:
-        blocks = comparison(run, compared, outcome.judged)
+        blocks = comparison(run, compared, outcome.results)
         outcome.lines += [f"report: {path}" for path in write_report(run, blocks, options.report)]
 
 
@@ -162,9 +162,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         table = every_record(records) if config.get_verbosity() > 0 else by_first_label(records)
         terminalreporter.write_line(terminal.render(table))
         terminalreporter.write_line("")
-    if outcome.judged:
-        failed = any(one.fails for one in outcome.judged)
-        terminalreporter.write_line(limits.told(outcome.judged), red=failed, green=not failed)
+    if outcome.results:
+        failed = any(one.fails for one in outcome.results)
+        terminalreporter.write_line(limits.terminal_text(outcome.results), red=failed, green=not failed)
     writer = journal_of(config).writer
     if writer is not None and writer.error is not None:
         terminalreporter.write_line(f"{writer.error}; it lacks what was measured since", yellow=True)

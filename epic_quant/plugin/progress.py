@@ -1,4 +1,4 @@
-"""While benchmarks run: what is measured, on which checkpoint, how far, how long still.
+"""While benchmarks run: what is measured, on which checkpoint, the share done, and the time left.
 
 On a terminal that is one line a subject, written anew for every measurement in the place of pytest's dots. Elsewhere,
 and with `-v`, a line stands before each subject, and now and then within a long one.
@@ -77,7 +77,7 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """Tells on pytest's terminal how far the planned tests are."""
+    """Shows on pytest's terminal how many of the planned tests have ended."""
 
     def __init__(
         self, reporter: Any, journal: Journal, checkpoint: str, remaining: Remaining, *, in_place: bool
@@ -93,7 +93,7 @@ class Progress:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        """Say what is measured next."""
+        """Show what is measured next."""
         self._test_began_s = time.monotonic()
         subject = _subject(nodeid) if nodeid in self._planned else None
         if subject != self._subject:
@@ -108,7 +108,7 @@ class Progress:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_report_teststatus(self, report: pytest.CollectReport | pytest.TestReport) -> Any:
-        """Take pytest's dots away where the line is written anew; what fails is told by a line of its own."""
+        """Take pytest's dots away where the line is written anew; a failure gets its own line."""
         replaced = self._in_place and report.nodeid in self._planned and not hasattr(report, "wasxfail")
         if not replaced or (report.passed and report.when != "call"):
             return None
@@ -116,7 +116,7 @@ class Progress:
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Count a test that has ended; the journal knows by now what became of it."""
+        """Count a test that has ended; the journal already has its outcome."""
         if report.nodeid not in self._planned:
             return
         if report.failed and self._in_place:
@@ -178,7 +178,7 @@ class Progress:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Begin to tell, where benchmarks were planned and there is a terminal to tell it on."""
+    """Start the display where benchmarks were planned and there is a terminal."""
     config = session.config
     reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
     journal = journal_of(config)

@@ -1,4 +1,4 @@
-"""What one session measures: the checkpoint, the policies and the texts, and the facts that its JSON tells of it."""
+"""What one session measures: the checkpoint, the policies and the texts, and the facts that its JSON holds of it."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Run:
             try:
                 check(policy, self.config)
             except SpecError as error:
-                # Named policies are for E4B's shapes: where nobody asked for one that does not fit, all others go on.
+                # Named policies are for E4B's shapes: one that does not fit and was not asked for is left out.
                 if asked:
                     raise
                 self.left_out[policy.name] = str(error)
@@ -89,7 +89,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What the checkpoint is called. A report goes to other people, so of a path it is only the last part."""
+        """The checkpoint's name. A report goes to other people, so of a path it is only the last part."""
         if self.is_default:
             return "benchmarks/mini_gemma4"
         source = Path(self.checkpoint.source)
@@ -97,7 +97,7 @@ class Run:
 
     @property
     def is_large(self) -> bool:
-        """Whether what takes long is left to be asked for, sampled, or, as prices are, taken in reduced precision."""
+        """Whether slow measurements are optional or sampled, and prices are computed in reduced precision."""
         return self.nbytes > LARGE_CHECKPOINT_NBYTES
 
     @property
@@ -121,12 +121,12 @@ class Run:
 
     @property
     def kv_contexts(self) -> list[int]:
-        """The context lengths at which a KV cache is judged: 128, doubled as long as there are tokens."""
+        """The context lengths at which a KV cache is measured: 128, doubled as long as there are tokens."""
         least = min(_LEAST_KV_CONTEXT, self.kv_tokens)
         return [least << doubled for doubled in range((self.kv_tokens // least).bit_length())]
 
     def tensors_of(self, tensor_class: TensorClass) -> list[TextTensor]:
-        """The class's live tensors, in the order of the layers."""
+        """The class's tensors in use, in the order of the layers."""
         return [
             tensor
             for tensor in expected_tensors(self.config)
@@ -149,7 +149,7 @@ class Run:
         """The Hessians that +gptq is fitted with: `--hessians`, or gathered from the calibration text into `folder`.
 
         None at all on a large checkpoint without `--hessians`: gathering them is a run of its own. Raises TokenError
-        where they are of the evaluation text: what is fitted and what is judged never share text.
+        where they are of the evaluation text: fitting and evaluation never share text.
         """
         if self.options.hessians:
             hessians = Hessians(self.options.hessians, self.checkpoint)
@@ -177,12 +177,12 @@ class Run:
 
     @property
     def calibration_text(self) -> Path:
-        """The text that is fitted to, and never judged on."""
+        """The text that is fitted to, and never evaluated on."""
         return self.options.calibration_text or DEFAULT_CHECKPOINT / "calibration.txt"
 
     @property
     def num_windows(self) -> int:
-        """The windows of a text that quality is judged on: `--windows`."""
+        """The windows of a text that quality is measured on: `--windows`."""
         given: int | None = self.options.windows
         return given or (1 if self.is_large else _DEFAULT_WINDOWS)
 
@@ -197,7 +197,7 @@ class Run:
 
     @property
     def quality_windows(self) -> Tensor:
-        """The windows of the evaluation text that quality is judged on: `--windows` of `--window-tokens`."""
+        """The windows of the evaluation text that quality is measured on: `--windows` of `--window-tokens`."""
         return self.windows(self.num_windows, self.window_tokens)
 
     @property
@@ -260,7 +260,7 @@ class Run:
     @contextmanager
     def progress(self, what: str, steps: int) -> Iterator[Callable[[str], None]]:
         """A bar on a terminal, told what comes next at each of so many steps."""
-        with tqdm(total=steps, disable=None, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} gone") as bar:
+        with tqdm(total=steps, disable=None, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} elapsed") as bar:
 
             def step(where: str) -> None:
                 bar.set_description(f"{what}: {where}")
@@ -270,12 +270,12 @@ class Run:
 
     def _check_apart(self, fitted_sha256: str) -> None:
         if fitted_sha256 == text_sha256(self.text):
-            raise TokenError(f"{self.text}: calibrated on the text that is judged on; expected two texts")
+            raise TokenError(f"{self.text}: calibrated on the evaluation text; expected two texts")
 
     def token_ids(self, path: Path) -> Ids:
         """A file's tokens under the checkpoint's own tokenizer, or the ids in a .npy file: int64 [n].
 
-        Raises TokenError where the file cannot be read, is too short to judge a cache by, or has an id out of range.
+        Raises TokenError where the file cannot be read, is too short to evaluate a cache on, or has an id out of range.
         """
         rows = self.config.ple_vocab_size
         if path.suffix == ".npy":
@@ -307,7 +307,7 @@ class Run:
 
     @cached_property
     def evaluated(self) -> dict[str, PolicySpec | Variant]:
-        """The policies whose quality is judged, and the noise floor; not those that lack the Hessians to be fitted."""
+        """The policies whose quality is measured, and the noise floor; not those that lack Hessians."""
         fitted = bool(self.options.hessians) or not self.is_large
         found: dict[str, PolicySpec | Variant] = {
             name: policy for name, policy in self.policies.items() if fitted or not policy.needs_hessians
@@ -340,12 +340,12 @@ class Run:
         return folder / f"{name}.safetensors"
 
     def plan_of(self, name: str, variants: Mapping[str, PolicySpec | Variant], windows: int) -> list[str]:
-        """What evaluating these takes on so many windows, for people."""
+        """What evaluating these takes on so many windows, as lines for people."""
         return plan_quality(name, self.config, variants, windows, self.window_tokens, self.memory_nbytes)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What the report must say of this run besides its records."""
+        """The facts of this run that the report needs besides its records."""
         return {
             "schema_version": SCHEMA_VERSION,
             "checkpoint": {

@@ -1,4 +1,4 @@
-"""The session: its run, opened once; what is told before it, and what it adds to pytest-benchmark's JSON."""
+"""The session: its run, opened once; what is printed before it, and what it adds to pytest-benchmark's JSON."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run_of(config: pytest.Config) -> Run:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Say at once what is wrong with the run, before anything is collected."""
+    """Check the run's options and files before anything is collected."""
     reason = untimed(config)
     if reason and config.getoption("benchmark_json", None):
         raise pytest.UsageError(f"no --benchmark-json can be written: nothing is timed, since {reason}")
@@ -37,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Let go of the checkpoint, which the JSON's run facts still needed after the last test."""
+    """Close the checkpoint, which the JSON's run facts still needed after the last test."""
     if _RUN in config.stash:
         config.stash[_RUN].checkpoint.close()
 

@@ -119,7 +119,7 @@ class Backward:
     def run(self, progress: Callable[[str], None] = lambda where: None) -> Iterator[Captured]:
         """Everything that there is a gradient at: the head's slices, then the layers from the last, then the tables.
 
-        What is yielded is only valid until the next is asked for. `progress` is told what comes next.
+        What is yielded is only valid until the next is asked for. `progress` is called with what comes next.
         """
         ple = self._forward(progress)
         progress("head")

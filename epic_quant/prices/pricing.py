@@ -81,7 +81,7 @@ def price(
 ) -> Prices:
     """Price every matrix under every spec that fits it, and K and V of every source layer under every KV spec.
 
-    `windows` int64 [N, T], BOS first, are of the text to calibrate on, never of the one judged on; the loss is of
+    `windows` int64 [N, T], BOS first, are of the text to calibrate on, never of the evaluation text; the loss is of
     `samples` labels for each token. Specs with `+gptq` are priced where `hessians` has the tensor's, which should be of
     other windows. Bytes of K and V are those at `context` tokens. Hidden states wait in RAM, or in a file in `folder`.
 

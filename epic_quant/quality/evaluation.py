@@ -96,7 +96,7 @@ def measure(
         total=sum(map(sum, remaining)) / 1e9,
         initial=sum(remaining[0][: at.layers]) / 1e9 if remaining else 0,
         disable=None if progress is None else not progress,
-        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left",
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left",
     ) as bar:
 
         def keep(multiplications: float) -> None:

@@ -50,19 +50,19 @@ class Identity:
 
     def check(self, path: Path, found: Identity) -> None:
         """Raise CheckpointError, SpecError or TokenError, one line, where `found` in a file is another's."""
-        said = f"{path}: the state of a run"
+        state = f"{path}: the state of a run"
         if found.checkpoint != self.checkpoint:
-            raise CheckpointError(f"{said} on checkpoint {found.checkpoint}, but this one is {self.checkpoint}")
+            raise CheckpointError(f"{state} on checkpoint {found.checkpoint}, but this one is {self.checkpoint}")
         if found.variants != self.variants:
             both = found.variants.items() & self.variants.items()
             other = sorted(dict((found.variants.items() | self.variants.items()) - both))
-            raise SpecError(f"{said} with other policies, which differ in {', '.join(other)}")
+            raise SpecError(f"{state} with other policies, which differ in {', '.join(other)}")
         if found.windows != self.windows:
-            raise TokenError(f"{said} on other windows or another text")
+            raise TokenError(f"{state} on other windows or another text")
         if found.hessians != self.hessians:
-            raise SpecError(f"{said} whose +gptq was fitted with other Hessians")
+            raise SpecError(f"{state} whose +gptq was fitted with other Hessians")
         if found.version != self.version:
-            raise SpecError(f"{said} of epic_quant {found.version}, but this is {self.version}")
+            raise SpecError(f"{state} of epic_quant {found.version}, but this is {self.version}")
 
 
 @dataclass

@@ -21,7 +21,7 @@ class Packing(Protocol):
 
     @property
     def coding(self) -> str:
-        """The name by which kernels may know it."""
+        """Its name in the kernels."""
         ...
 
     def row_nbytes(self, num_codes: int) -> int:

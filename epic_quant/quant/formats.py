@@ -65,11 +65,11 @@ def from_tensors(
     expected = stored_as.layout(spec, (rows, cols))
     found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     if found != expected:
-        said, wanted = (
+        actual, wanted = (
             ", ".join(f"{name} {dtype} {list(size)}" for name, (dtype, size) in layout.items()) or "nothing"
             for layout in (found, expected)
         )
-        raise QuantizationError(f"a matrix {[rows, cols]} in {spec} is stored as {wanted}; found {said}")
+        raise QuantizationError(f"a matrix {[rows, cols]} in {spec} is stored as {wanted}; found {actual}")
     return stored_as.from_tensors(spec, tensors, (rows, cols), backend)
 
 

@@ -146,7 +146,7 @@ class GroupedMatrix:
     def matmul(self, x: Tensor, activations: str = "fp32") -> Tensor:
         """As `StoredMatrix.matmul`; it rotates x, never the matrix back.
 
-        From the packed bytes where there is a kernel, which `computed_by` tells; fp64, empty ones and gradients are
+        From the packed bytes where there is a kernel, which `computed_by` names; fp64, empty ones and gradients are
         for the reference, which knows no int8 activations.
         """
         if self._has_matmul and x.numel() and x.dtype is not torch.float64 and not x.requires_grad:

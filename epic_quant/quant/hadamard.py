@@ -39,7 +39,7 @@ def unrotate(x: Tensor, block: int, backend: str | None = None) -> Tensor:
 
 
 def rotation(cols: int, block: int) -> Rotation:
-    """What kernels know of the rotation of rows of `cols`."""
+    """The rotation of rows of `cols` as kernels take it."""
     return Rotation(block, signs(cols, block))
 
 

@@ -35,16 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = problem.within_bits(options.bits)
     prediction = prices.predict(recipe.policy)
     if options.format == "policy":
-        said = [str(recipe.policy)]
+        printed = [str(recipe.policy)]
         lines = [*_description(recipe, prediction), _measured(run, recipe, prediction, options.out)]
     else:
         types = _types(prices, recipe)
-        said = [f"--tensor-type {shlex.quote(argument)}" for argument in tensor_type_arguments(types)]
+        printed = [f"--tensor-type {shlex.quote(argument)}" for argument in tensor_type_arguments(types)]
         lines = [f"# {line}" for line in (*_description(recipe, prediction), *_llama_cpp_notes(prices, recipe, types))]
     if options.out is None:
-        lines = [*said, "", *lines]
+        lines = [*printed, "", *lines]
     else:
-        _write(said, options.out)
+        _write(printed, options.out)
     print("\n".join(lines))
     return 0
 

@@ -85,7 +85,7 @@ class Recipe:
 
 
 def recipe_name(resident_nbytes: float) -> str:
-    """What a recipe goes by, such as `recipe, 25.4 MB`: a policy string is too long to be said."""
+    """A recipe's short name, such as `recipe, 25.4 MB`: a policy string is too long for a table."""
     megabytes = resident_nbytes / 1e6
     return f"recipe, {megabytes:,.1f} MB" if megabytes < 1000 else f"recipe, {megabytes / 1000:,.2f} GB"
 

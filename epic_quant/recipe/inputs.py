@@ -1,4 +1,4 @@
-"""What recipes are chosen from, as a run's JSON and the prices beside it tell."""
+"""What recipes are chosen from: a run's JSON and the prices beside it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from epic_quant.spec import NAMED, REFERENCE, PLESpec, PolicySpec
 def problem_of(run: Run, prices: Prices, by: By = "tensor", keep: Collection[str] = ()) -> Problem:
     """The problem of a run; classes in `keep`, or the `kv_cache`, stay in bf16.
 
-    Raises RecipeError where the run does not tell the resident bytes of `bf16`, and on a class to keep that is none.
+    Raises RecipeError where the run lacks the resident bytes of `bf16`, and on an unknown class to keep.
     """
     ple = ple_of(run.policies.get(REFERENCE, NAMED[REFERENCE]))
     return Problem(prices, _resident_parts(run), ple, by, frozenset(keep))
@@ -27,7 +27,7 @@ def _resident_parts(run: Run) -> Mapping[str, float]:
     if parts := footprint or run.value(QualityRecord, "parts", policy=REFERENCE):
         return dict(parts)
     raise RecipeError(
-        "the JSON does not tell the resident bytes of bf16 by part; make them with: "
+        "the JSON lacks the resident bytes of bf16 by part; make them with: "
         "pytest benchmarks/test_quality.py --benchmark-json out.json"
     )
 

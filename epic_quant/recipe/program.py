@@ -100,7 +100,7 @@ def _solve(
 
 @contextmanager
 def _without_output() -> Iterator[None]:
-    """Keep standard output clean: HiGHS 1.12 prints a line there whatever it is told (ERGO-Code/HiGHS, issue 2783)."""
+    """Keep standard output clean: HiGHS 1.12 prints a line there whatever its options (ERGO-Code/HiGHS, issue 2783)."""
     if os.name != "posix":
         yield
         return

@@ -59,6 +59,6 @@ _METRICS = (
     Metric("p50_s", "s", "lower", "median time of a call, each on rows that are read for the first time"),
     Metric("p99_s", "s", "lower", "time that 99 of 100 such calls stay within"),
     Metric("fetched_nbytes", "B", "lower", "bytes that the system fetched from the disk for them"),
-    Metric("anonymous_nbytes", "B", "lower", "memory that it added to the process, as the system tells"),
+    Metric("anonymous_nbytes", "B", "lower", "memory that it added to the process, as the system reports"),
 )
 METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _METRICS}

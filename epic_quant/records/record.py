@@ -56,7 +56,7 @@ class Record:
 
 
 def label(key: str | None = None, *, default: Any = dataclasses.MISSING) -> Any:
-    """A field that says what was measured; `key` is its name in the record, by default the field's own."""
+    """A field that names what was measured; `key` is its name in the record, by default the field's own."""
     return field(default=default, metadata={"part": "labels", "key": key})
 
 

@@ -105,7 +105,7 @@ class KernelsRecord(SubjectRecord, subject="kernels"):
 class PLEHitsRecord(SubjectRecord, subject="ple_hits"):
     """Hit rates of a residency on a trace, by capacity in rows; `hit_rate` is that at the original's rows.
 
-    `tokens` of the trace are judged, `distinct` of them differ, and the share `met_before` came earlier.
+    `tokens` of the trace are measured, `distinct` of them differ, and the share `met_before` came earlier.
     """
 
     trace: str = label()
@@ -153,7 +153,7 @@ class PLEColdRecord(SubjectRecord, subject="ple_cold"):
 
 
 class PLEMemoryRecord(SubjectRecord, subject="ple_memory"):
-    """Memory of a full cache: its rows, and what the system says was added to the process."""
+    """Memory of a full cache: its rows, and what the system reports as added to the process."""
 
     table: str = label()
     nbytes: float | None = metric()
@@ -161,7 +161,7 @@ class PLEMemoryRecord(SubjectRecord, subject="ple_memory"):
 
 
 class PLEGuardRecord(SubjectRecord, subject="ple_guard"):
-    """The PLE table or projections alone under one spec, judged on `tokens` of the evaluation text."""
+    """The PLE table or projections alone under one spec, measured on `tokens` of the evaluation text."""
 
     tensor_class: TensorClass = label()
     spec: WeightSpec = label()
@@ -216,7 +216,7 @@ class KVBytesRecord(SubjectRecord, subject="kv_bytes"):
 class QualityRecord(SubjectRecord, subject="quality"):
     """What a policy does to the model's predictions on the evaluation text, and its resident bytes by part.
 
-    A recipe says at whose bytes it was made (`recipe_at`), and what was done with K and V (`kv`).
+    A recipe names the policy at whose bytes it was made (`recipe_at`), and how it stores K and V (`kv`).
     """
 
     policy: str = label()

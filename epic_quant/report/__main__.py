@@ -13,7 +13,7 @@ from epic_quant.report import writing
 from epic_quant.report.sections import comparison, limits
 from epic_quant.results import gate
 from epic_quant.results.comparison import compare
-from epic_quant.results.gate import Condition, check_baseline, judge
+from epic_quant.results.gate import Condition, check_baseline, check_limits
 from epic_quant.results.partial import partial_path
 from epic_quant.results.reading import data_path, read_run
 
@@ -22,7 +22,7 @@ _STDOUT = Path("-")
 
 @command_line.reports_errors
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the report and say where: 0 when it is written, 1 when the run fails a limit, 2 when it cannot be made."""
+    """Write the report and print its paths; 0, 1 if the run fails a limit, or 2 if the report cannot be made."""
     options = _parser().parse_args(arguments)
     if options.out == _STDOUT and len(options.format) > 1:
         raise ReportError("--out - prints one format: name it with --format")
@@ -30,9 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_baseline(conditions, options.baseline is not None)
     run = read_run(options.json)
     older = None if options.baseline is None else read_run(options.baseline)
-    judged = judge(conditions, run, older, times=options.compare_times)
+    results = check_limits(conditions, run, older, times=options.compare_times)
     compared = None if older is None else compare(run, older, times=options.compare_times)
-    blocks = comparison(run, compared, judged)
+    blocks = comparison(run, compared, results)
     if options.out == _STDOUT:
         command_line.print_text(writing.text(run, blocks, *options.format))
     else:
@@ -40,13 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(path)
     for note in _notes(options.json):
         print(f"note: {note}", file=sys.stderr)
-    if judged:
-        print(limits.told(judged), file=sys.stderr)
-    return 1 if any(one.fails for one in judged) else 0
+    if results:
+        print(limits.terminal_text(results), file=sys.stderr)
+    return 1 if any(one.fails for one in results) else 0
 
 
 def _notes(path: Path) -> Iterator[str]:
-    """What whoever runs this must know of the file that was read."""
+    """Notes for the user on the file that was read."""
     source, beside = data_path(path), partial_path(path)
     if source != path:
         yield f"{path} was not written to its end; the report is made of {source}"

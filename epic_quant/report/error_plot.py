@@ -12,7 +12,7 @@ from epic_quant.report.blocks import Block, Paragraph
 from epic_quant.report.formatting import significant
 from epic_quant.spec import WeightSpec
 
-# Beyond, errors are too small to tell formats apart, and the axis would be mostly empty.
+# Beyond, errors are too small to distinguish formats, and the axis would be mostly empty.
 _MAX_BITS = 6.0
 
 

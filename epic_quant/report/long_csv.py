@@ -22,7 +22,7 @@ def render(run: Run) -> str:
     for record in run.records:
         for name, value in record.metrics.items():
             metric = METRICS[name]
-            said = [record.labels.get(label, "") for label in labels]
+            label_values = [record.labels.get(label, "") for label in labels]
             number = "" if value is None else repr(value)
-            writer.writerow([record.subject, *said, name, number, metric.unit, metric.better])
+            writer.writerow([record.subject, *label_values, name, number, metric.unit, metric.better])
     return text.getvalue()

@@ -13,7 +13,7 @@ LIGHT: Mapping[str, str] = {
     "accent": "#0a5fb4",
     "good": "#0d7a3f",
     "bad": "#b3261e",
-    # People with any colour vision tell these apart, after Okabe and Ito, whose own orange, sky blue and reddish purple
+    # Distinct with any colour vision, after Okabe and Ito, whose own orange, sky blue and reddish purple
     # are too pale on white.
     "series-1": "#0072b2",
     "series-2": "#d55e00",

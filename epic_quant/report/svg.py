@@ -1,4 +1,4 @@
-"""What becomes of matplotlib's SVG: less of it, with a text for every point, and such as a page can take in."""
+"""What becomes of matplotlib's SVG: less of it, with a text for every point, and fit to stand in a page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COLOURS = {colour: name for name, colour in LIGHT.items()}
 
 
 def trimmed(svg: str) -> str:
-    """The same picture in a third of the bytes, its tips as circles that nothing is seen of, each with its title.
+    """The same picture in a third of the bytes, its tips as invisible circles, each with its title.
 
     Styles become attributes, since a page that forbids inline styles would drop them.
     """
@@ -53,7 +53,7 @@ def trimmed(svg: str) -> str:
 def inlined(svg: str, prefix: str, label_id: str) -> str:
     """An SVG of `trimmed` to stand in a page: its ids begin with `prefix`, and colours are the page's variables.
 
-    What it shows is said by the page's element `label_id`.
+    The page's element `label_id` describes it.
     """
     root = ElementTree.fromstring(svg)
     # The ground is the page's own.
@@ -71,7 +71,7 @@ def inlined(svg: str, prefix: str, label_id: str) -> str:
             elif name == "clip-path":
                 element.set(name, value.replace("#", f"#{prefix}"))
         if element.get("class") == "tip":
-            # The page says the title itself, as soon as a point is reached.
+            # The page shows the title itself, as soon as a point is reached.
             element.set("role", "img")
             element.set("aria-label", element.findtext(f"{{{_SVG}}}title", ""))
     for name in ("font-family", "version"):

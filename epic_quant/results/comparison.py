@@ -1,4 +1,4 @@
-"""A run beside an older one: how the two differ in what they were made with, and what became of every value."""
+"""A run beside an older one: how the two differ in what they were made with, and how every value changed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Key = tuple[str, frozenset[tuple[str, str]]]
 
 # Times are only held against those of the same one of these.
 _MACHINE = ("cpu", "isa", "threads", "platform")
-# Facts that are measured anew each time, or that others tell too.
+# Facts that are measured anew each time, or that follow from others.
 _NOT_COMPARED = ("measured", "read_bandwidth_gbs", "policies", "missing", "failed")
 
 # Two times closer than this part of the older one are called the same: so much they vary from run to run.
@@ -51,7 +51,7 @@ class Change:
 
     @property
     def verdict(self) -> Literal["better", "worse", "same"] | None:
-        """What became of it; None where one of the two is missing."""
+        """Its verdict; None where one of the two is missing."""
         if self.before is None or self.now is None:
             return None
         noise = TIME_NOISE * self.before if is_time(self.metric) else rounding(self.metric, self.before)
@@ -69,7 +69,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Difference:
-    """A fact that the runs do not share, as text; None in a run that does not tell it."""
+    """A fact that the runs do not share, as text; None in a run that lacks it."""
 
     fact: str
     before: str | None
@@ -115,7 +115,7 @@ def same_machine(run: Run, other: Run) -> bool:
 
 
 def is_time(metric: Metric) -> bool:
-    """Whether the machine decides over the metric."""
+    """Whether the metric depends on the machine."""
     return metric.unit == "s"
 
 

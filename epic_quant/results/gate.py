@@ -70,11 +70,11 @@ class Condition:
 
     def selects(self, one: Measured) -> bool:
         """Whether the condition is on this."""
-        return self.metric.name in one.metrics and all(_label(one, name) == said for name, said in self.where.items())
+        return self.metric.name in one.metrics and all(_label(one, name) == value for name, value in self.where.items())
 
 
 @dataclass(frozen=True)
-class Judgement:
+class LimitResult:
     """One value under a condition: what it is, what it was, its limit in the metric's unit, and whether it fails.
 
     `value` and `before` are None where there is none, `limit` where there is none to compute it from.
@@ -94,7 +94,7 @@ class Judgement:
 
     @property
     def fails(self) -> bool:
-        """Also where there is nothing to judge, or nothing to judge it by."""
+        """Also where the value or the limit is missing."""
         if self.value is None or self.limit is None or math.isnan(self.value):
             return True
         return self.value > self.limit if self.condition.metric.better == "lower" else self.value < self.limit
@@ -105,16 +105,16 @@ def labels_text(labels: Mapping[str, str]) -> str:
     return ",".join(f'{name}="{value}"' if "," in value else f"{name}={value}" for name, value in labels.items())
 
 
-def judge(
+def check_limits(
     conditions: Sequence[Condition], run: Run, baseline: Run | None = None, *, times: bool = False
-) -> list[Judgement]:
+) -> list[LimitResult]:
     """Every value that the conditions are on.
 
-    A relative condition is also on what only the baseline has, which then fails: what is no longer measured has not
-    stayed within its limit. Raises GateError on a condition that selects nothing, on a relative one without a baseline,
+    A relative condition also selects what only the baseline has: that fails, since this run did not measure it. Raises
+    GateError on a condition that selects nothing, on a relative one without a baseline,
     and on a relative one of a time from another machine, but with `times`.
     """
-    return [judgement for condition in conditions for judgement in _judge(condition, run, baseline, times)]
+    return [result for condition in conditions for result in _check(condition, run, baseline, times)]
 
 
 def check_baseline(conditions: Sequence[Condition], given: bool) -> None:
@@ -124,7 +124,7 @@ def check_baseline(conditions: Sequence[Condition], given: bool) -> None:
         raise GateError(f"{relative.text}: relative to what? Name an older run with --baseline")
 
 
-def _judge(condition: Condition, run: Run, baseline: Run | None, times: bool) -> Iterator[Judgement]:
+def _check(condition: Condition, run: Run, baseline: Run | None, times: bool) -> Iterator[LimitResult]:
     check_baseline([condition], baseline is not None)
     now = measured(run)
     before: Mapping[Key, Measured] = {}
@@ -142,7 +142,7 @@ def _judge(condition: Condition, run: Run, baseline: Run | None, times: bool) ->
     for key in selected:
         value, old = (side[key].metrics.get(condition.metric.name) if key in side else None for side in (now, before))
         limit = condition.limit if not condition.relative else _relative_limit(condition, old)
-        yield Judgement(condition, things[key].subject, things[key].labels, value, old, limit)
+        yield LimitResult(condition, things[key].subject, things[key].labels, value, old, limit)
 
 
 def _relative_limit(condition: Condition, before: float | None) -> float | None:
@@ -163,13 +163,13 @@ def _why_empty(condition: Condition, things: Sequence[Measured]) -> str:
         names = sorted({name for one in things for name in one.metrics})
         return f"nothing in this run has the metric {condition.metric.name}; it has {', '.join(names)}"
     labels = {_SUBJECT, *(label for one in with_metric for label in one.labels)}
-    for name, said in condition.where.items():
+    for name, wanted in condition.where.items():
         if name not in labels:
             hint = "; a value with a comma stands in double quotes" if len(condition.where) > 1 else ""
             return unknown(f"label of {condition.metric.name}", name, labels) + hint
         values = {value for one in with_metric if (value := _label(one, name)) is not None}
-        if said not in values:
-            return unknown(f"{name} of {condition.metric.name}", said, values)
+        if wanted not in values:
+            return unknown(f"{name} of {condition.metric.name}", wanted, values)
     return "nothing in this run bears all these labels together"
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves while it goes on: `OUT.partial.jsonl`, from which a report can be made where it never ended.
+"""A running benchmark's file, `OUT.partial.jsonl`, from which a report can be made if the run never ends.
 
 The first line has the run's facts and the tests that are planned, each further one a record as it is made, or what
 became of a test and its median time. The file goes when pytest-benchmark's JSON is there.
@@ -52,11 +52,11 @@ class PartialWriter:
         self._append({"test": test, "record": record.to_json()})
 
     def finished(self, test: str, outcome: str, median_s: float | None) -> None:
-        """Append what became of a test: passed, failed or skipped, and its median time where it has one."""
+        """Append the outcome of a test: passed, failed or skipped, and its median time where it has one."""
         self._append({"test": test, "outcome": outcome, "median": median_s})
 
     def close(self) -> None:
-        """Write no more."""
+        """Close the file."""
         try:
             self._file.close()
         except OSError as error:  # what could not be written before is tried again

@@ -141,7 +141,7 @@ def prices_path(json_path: Path) -> Path:
 
 
 def write_prices(prices: Prices, path: Path) -> None:
-    """Write them to a file that `read_prices` reads; the caller sees to it that it appears whole or not at all."""
+    """Write them to a file that `read_prices` reads; the caller makes that atomic."""
     content = {
         "schema_version": SCHEMA_VERSION,
         "num_predicted": prices.num_predicted,

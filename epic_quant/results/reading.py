@@ -86,7 +86,7 @@ def _json(path: Path) -> Any:
 
 
 def _measured(data: Mapping[str, Any]) -> dict[str, str]:
-    """The day and minute that pytest-benchmark says, `2026-11-24 14:07 UTC`, as a fact of the run."""
+    """The day and minute that pytest-benchmark gives, `2026-11-24 14:07 UTC`, as a fact of the run."""
     try:
         when = datetime.fromisoformat(data["datetime"]).astimezone(UTC)
     except (KeyError, TypeError, ValueError, OverflowError):

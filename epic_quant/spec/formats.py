@@ -1,4 +1,4 @@
-"""The storage formats by name: one row each, with what can be said of it without computing anything."""
+"""The storage formats by name: one row each, with its properties."""
 
 from __future__ import annotations
 

@@ -200,13 +200,13 @@ class KVSpec:
     def __str__(self) -> str:
         full, sliding = self.full, self.sliding
         if full.k == full.v == sliding.k == sliding.v and len(full.k) == 1:
-            said = [str(full.k[0])]
+            parts = [str(full.k[0])]
         else:
-            said = _by_type(_head_parts("k", full.k), _head_parts("k", sliding.k))
-            said += _by_type(_head_parts("v", full.v), _head_parts("v", sliding.v))
-        said += _by_type([f"residual={full.residual_window}"], [f"residual={sliding.residual_window}"])
-        said += [f"sinks={full.attention_sinks}"]
-        return "/".join(part for part in said if not part.endswith("=0"))
+            parts = _by_type(_head_parts("k", full.k), _head_parts("k", sliding.k))
+            parts += _by_type(_head_parts("v", full.v), _head_parts("v", sliding.v))
+        parts += _by_type([f"residual={full.residual_window}"], [f"residual={sliding.residual_window}"])
+        parts += [f"sinks={full.attention_sinks}"]
+        return "/".join(part for part in parts if not part.endswith("=0"))
 
     def of(self, layer_type: str) -> LayerKVSpec:
         """How layers of a type (`full_attention`, `sliding_attention`) store K and V."""
@@ -276,7 +276,7 @@ def _head_parts(side: str, head: HeadSpec) -> list[str]:
 
 
 def _by_type(full: list[str], sliding: list[str]) -> list[str]:
-    """Parts said once where both layer types have the same."""
+    """Parts, written once where both layer types have the same."""
     if full == sliding:
         return full
     return [*(f"full.{part}" for part in full), *(f"sliding.{part}" for part in sliding)]

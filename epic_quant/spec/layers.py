@@ -11,7 +11,7 @@ _RANGE = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")
 
 
 def parse_layers(text: str) -> list[int]:
-    """The numbers, in the order said. Raises SpecError on any other text, and on a range that runs backwards."""
+    """The numbers, in the order given. Raises SpecError on any other text, and on a range that runs backwards."""
     layers: list[int] = []
     for part in text.split("+"):
         found = _RANGE.fullmatch(part)

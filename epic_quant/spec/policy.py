@@ -30,7 +30,7 @@ class PolicySpec:
     `weights` are the given specs by target, `kv_layers` the KV specs of layers that have one of their own. A narrower
     target overrides a wider one: a kind of tensor its class, layers all layers, and a kind the layers of its class.
     What is given but changes nothing is left out, so two policies that store the same are equal; `name` is only for
-    people. Raises SpecError for a target that there is not.
+    people. Raises SpecError for an unknown target.
     """
 
     name: str = field(compare=False)
@@ -43,7 +43,7 @@ class PolicySpec:
         given = dict(self.weights)
         for target in given:
             _check_target(target)
-        # From wide to narrow: a spec says something where it differs from what would hold without it.
+        # From wide to narrow: a spec is kept where it differs from what would hold without it.
         kept: dict[Target, WeightSpec] = {}
         for target in sorted(given, key=_width):
             if given[target] != _resolve(kept, target) or _hides(kept, target):

@@ -120,5 +120,5 @@ def refuse_rest(
     if options:
         raise SpecError(f"{unknown(f'option of {format_name}', options[0], known)} (in {text!r})")
     if stages:
-        said = unknown("stage", stages[0], known_stages)
-        raise SpecError(f"{said}; stages stand in that order, each at most once (in {text!r})")
+        message = unknown("stage", stages[0], known_stages)
+        raise SpecError(f"{message}; stages stand in that order, each at most once (in {text!r})")

@@ -16,7 +16,7 @@ LIMITS = {torch.float32: 1e-5, torch.float64: 1e-12}
 @pytest.mark.parametrize("ids", ["token_ids", "long_token_ids"])
 @pytest.mark.parametrize("name", ["e4b", "e2b", "no_ple", "other_rope"])
 def test_each_layer_is_that_of_transformers(toy, reference, request, name, ids, dtype):
-    """Every layer alone, fed with their hidden state: sliding and full, owning and sharing."""
+    """Every layer alone, fed with their hidden state: sliding and full, KV sources and sharing layers."""
     token_ids = request.getfixturevalue(ids)
     model = reference(name, dtype)
     outputs = {}

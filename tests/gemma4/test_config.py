@@ -13,7 +13,7 @@ E4B, E2B = "gemma-4-E4B.config.json", "gemma-4-E2B.config.json"
 
 
 def test_e4b_layers_are_as_published(facts):
-    """The layer types, the kv_sources of K and V, and whom the other layers read."""
+    """The layer types, the KV source layers, and the source of every other layer."""
     layers = TextConfig.from_json(facts(E4B)).layers
     full = [spec for spec in layers if spec.layer_type == "full_attention"]
     kv_sources = [spec for spec in layers if spec.is_kv_source]
@@ -219,7 +219,7 @@ def test_a_multimodal_config_needs_the_text_part(facts, change):
 
 
 def test_reading_a_checkpoint_names_it_in_errors(toy, tmp_path):
-    """What `save_pretrained` wrote is read, and an error tells of which checkpoint it is."""
+    """What `save_pretrained` wrote is read, and an error names the checkpoint."""
     with Checkpoint.open(toy("e2b")) as checkpoint:
         assert TextConfig.read(checkpoint).num_layers == 10
     other = tmp_path / "config.json"

@@ -94,7 +94,7 @@ def test_masks_leave_the_window(weights, start):
 
 
 class PlainCache:
-    """Keeps K and V as they are, of sliding layers only the newest window if told so."""
+    """Keeps K and V as they are, of sliding layers only the newest window if asked to."""
 
     def __init__(self, config, windowed: bool) -> None:
         self._kept = {spec.index: spec.attention.sliding_window for spec in config.layers} if windowed else {}
@@ -152,10 +152,10 @@ def test_attention_sees_what_the_cache_gives_back(weights, token_ids, tokens):
     hidden, forward = begin(weights, ids, cache=cache)
     expected, plain = begin(weights, ids)
     for spec in weights.config.layers:
-        live = dict(weights.layer(spec.index))
-        hidden = forward.layer(hidden, live, spec)
-        live["self_attn.o_proj.weight"] = torch.zeros_like(live["self_attn.o_proj.weight"])
-        expected = plain.layer(expected, live, spec)
+        used = dict(weights.layer(spec.index))
+        hidden = forward.layer(hidden, used, spec)
+        used["self_attn.o_proj.weight"] = torch.zeros_like(used["self_attn.o_proj.weight"])
+        expected = plain.layer(expected, used, spec)
     assert torch.equal(hidden, expected)
 
 
@@ -202,7 +202,7 @@ def test_bad_token_ids_are_named(weights, ids, message):
         TextModel(weights).logits(ids)
 
 
-def test_nothing_is_asked_for_before_its_turn(weights, token_ids):
+def test_weights_are_read_in_order_and_once(weights, token_ids):
     """A layer's weights are asked for once, in order, and of the tables only rows, but for the head."""
     asked = []
     watched = SimpleNamespace(

@@ -29,7 +29,7 @@ def test_tables_are_those_of_transformers(facts, name):
 
 
 def test_frequencies_of_e4b_follow_the_formula(facts):
-    """theta^(-2i/head_dim), the exponent's denominator the head's 512 and not the 128 that turn; fp32."""
+    """theta^(-2i/head_dim); the exponent's denominator is the head's 512, not the 128 rotated dims; fp32."""
     layers = TextConfig.from_json(facts(E4B)).layers
     sliding, full = inverse_frequencies(layers[SLIDING].attention), inverse_frequencies(layers[FULL].attention)
     assert full.dtype == sliding.dtype == torch.float32
@@ -40,7 +40,7 @@ def test_frequencies_of_e4b_follow_the_formula(facts):
 
 
 def test_rotated_dims_of_e4b(facts):
-    """64 pairs of a full head turn, paired half a head apart; a sliding head turns whole."""
+    """64 pairs of a full head rotate, paired half a head apart; all dims of a sliding head rotate."""
     layers = TextConfig.from_json(facts(E4B)).layers
     assert rotated_dims(layers[FULL].attention).tolist() == [*range(64), *range(256, 320)]
     assert rotated_dims(layers[SLIDING].attention).tolist() == list(range(256))
@@ -51,8 +51,8 @@ def test_rotated_dims_are_those_that_change_with_position(facts, layer):
     """The same vector at two positions differs in these dims and in no other."""
     spec = TextConfig.from_json(facts(E4B)).layers[layer]
     x = torch.rand(2, 1, spec.attention.head_dim, generator=torch.Generator().manual_seed(0)).expand(2, 2, -1) + 1
-    turned = rotate(x, rope_table(spec.attention, torch.tensor([3, 90_000]), torch.float32))
-    changed = (turned[:, 0] != turned[:, 1]).any(dim=0).nonzero().flatten()
+    rotated = rotate(x, rope_table(spec.attention, torch.tensor([3, 90_000]), torch.float32))
+    changed = (rotated[:, 0] != rotated[:, 1]).any(dim=0).nonzero().flatten()
     assert torch.equal(changed, rotated_dims(spec.attention))
 
 

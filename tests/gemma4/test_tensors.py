@@ -85,11 +85,11 @@ def test_unused_tensors_of_e4b(e4b):
 
 @pytest.mark.parametrize("name", ["e4b", "e2b", "no_ple", "no_sharing"])
 def test_expected_tensors_are_what_transformers_saves(toy, name):
-    """The live ones, by name and shape; `transformers` leaves out the unused ones."""
+    """The used ones, by name and shape; `transformers` leaves out the unused ones."""
     with Checkpoint.open(toy(name)) as checkpoint:
         expected = expected_tensors(TextConfig.read(checkpoint))
-        live = {tensor.name: tensor.shape for tensor in expected if not tensor.unused}
-        assert live == {file.removeprefix("model."): checkpoint.shape(file) for file in checkpoint.names}
+        used = {tensor.name: tensor.shape for tensor in expected if not tensor.unused}
+        assert used == {file.removeprefix("model."): checkpoint.shape(file) for file in checkpoint.names}
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ def test_layers_and_globals_are_the_stored_tensors(toy, name):
 
 
 def test_sharing_layers_have_no_kv_weights(toy):
-    """Dead tensors are not handed out; all others are."""
+    """Unused tensors are not handed out; all others are."""
     with Checkpoint.open(toy("e4b")) as checkpoint:
         weights = CheckpointWeights(checkpoint)
         kv_source, sharing = set(weights.layer(5)), set(weights.layer(11))

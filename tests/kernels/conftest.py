@@ -1,4 +1,4 @@
-"""Kernels are judged on two threads, whatever the machine has."""
+"""Kernels are tested on two threads, whatever the machine has."""
 
 import pytest
 import torch

@@ -128,7 +128,7 @@ def test_zeros_tiny_numbers_outliers_and_nan(isa, activations, tokens):
         assert product[1:].isfinite().all()
 
 
-def test_the_numbers_do_not_depend_on_threads_or_on_who_else_is_there(isa):
+def test_the_numbers_do_not_depend_on_threads_or_on_other_rows(isa):
     """A row's product is the same alone, among others, and on one thread."""
     quantized = quantize(torch.randn(999, 256, generator=torch.Generator().manual_seed(0)), parse("int4-g128"))
     x = torch.randn(1, 256, generator=torch.Generator().manual_seed(1))

@@ -20,7 +20,7 @@ def layer(index, layer_type, kv_source):
 
 @pytest.fixture(scope="session")
 def config():
-    """Layers 0 and 1 slide, 2 and 3 are full; 4 shares what 3 owns."""
+    """Layers 0 and 1 slide, 2 and 3 are full; 4 shares the K and V of 3."""
     layers = [layer(0, SLIDING, 0), layer(1, SLIDING, 1), layer(2, FULL, 2), layer(3, FULL, 3), layer(4, FULL, 3)]
     return TextConfig(
         vocab_size=10,

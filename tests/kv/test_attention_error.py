@@ -80,7 +80,7 @@ def test_a_cache_in_fp32_has_no_error(captured, layer_type):
 @pytest.mark.parametrize("layer_type", [SLIDING, FULL])
 @pytest.mark.parametrize("policy", ["int4", "k=int4-b8/v=int3/residual=2"])
 def test_errors_are_those_that_numpy_finds(captured, layer_type, policy):
-    """From a cache filled by single appends; layers, heads, looks and both texts pooled."""
+    """From a cache filled by single appends; layers, heads, checkpoints and both texts pooled."""
     step, policy = 5, KVSpec.parse(policy)
     sums = {name: np.zeros(2) for name in ("k", "v", "logit", "attention")}
 

@@ -134,16 +134,16 @@ def test_a_ring_keeps_its_center(config):
 
 @pytest.mark.parametrize(("spec", "along"), [("int3", "int8"), ("codebook2+had32", "codebook4")])
 def test_principal_coordinates_are_stored_apart(config, spec, along):
-    """Turned as the center's tokens say; the two sets of coordinates are rows of their own."""
+    """Rotated as fitted to the center's tokens; the two sets of coordinates are rows of their own."""
     k, v = keys_and_values(config, FULL, 30)
     cache = filled(config, f"k={spec}+center12+pca4-{along}/sinks=2", FULL, k, v)
     mean = means(k[:, 2:14])
     x = (k[:, 2:] - mean).transpose(0, 1)
     found = directions.reflectors(x[:12], 4, torch.float16)
-    turned = directions.rotate(x, found)
+    rotated = directions.rotate(x, found)
     # Of the 28 others a Hadamard block takes 4.
     specs = (f"{along}+had4" if "had" in spec else along), spec.replace("32", "4")
-    parts = [rows_decoded(*part) for part in zip(specs, turned.split([4, 28], dim=-1), strict=True)]
+    parts = [rows_decoded(*part) for part in zip(specs, rotated.split([4, 28], dim=-1), strict=True)]
     expected = directions.unrotate(torch.cat(parts, dim=-1), found).transpose(0, 1) + mean
     assert relative_l2(cache.keys(FULL)[0][:, 2:], expected) <= 1e-6
     row = {"int3": 11 + 4, "codebook2+had32": 7 + 2}[spec] + 4
@@ -156,11 +156,11 @@ def test_what_varies_in_few_directions_takes_few_bits(config):
     rng = torch.Generator().manual_seed(0)
     along, across = torch.randn(2, tokens, 3, generator=rng), torch.randn(2, 3, 32, generator=rng)
     k = along @ across + torch.randn(2, tokens, 32, generator=rng) / 50 + 3
-    plain, turned = (
+    plain, rotated = (
         relative_l2(filled(config, f"k={spec}/sinks=1", FULL, k, k).keys(FULL)[0], k)
         for spec in ("int6+center64", "int2+center64+pca3-int8")
     )
-    assert turned < plain
+    assert rotated < plain
 
 
 def test_what_is_clipped_is_the_outer_part_of_the_range(config):
@@ -270,7 +270,7 @@ def test_a_sliding_layer_keeps_the_newest_window(config, policy, tokens):
 
 
 @pytest.mark.parametrize("policy", ["int2/residual=7/sinks=3", "int2-b8/residual=7/sinks=3"])
-def test_first_and_recent_tokens_are_exact_and_no_others(config, policy):
+def test_attention_sinks_and_the_residual_window_are_exact_and_no_others(config, policy):
     """In the compute dtype, whatever it is."""
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         k, v = keys_and_values(config, FULL, 42, dtype=dtype)

@@ -170,7 +170,7 @@ def test_a_read_that_the_system_cuts_short_is_continued(checkpoint, table, monke
         (torch.tensor([True]), "bool; expected integers"),
     ],
 )
-def test_ids_that_are_none_are_refused(checkpoint, ids, message):
+def test_ids_that_are_no_integers_in_range_are_refused(checkpoint, ids, message):
     with PLERowCache(checkpoint, capacity_rows=2) as cache, pytest.raises(TokenError, match=message):
         cache.rows(ids)
 

@@ -7,7 +7,7 @@ import torch
 
 from epic_quant.ple import pages
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports these")
 NBYTES = 2**22
 
 
@@ -38,7 +38,7 @@ def test_memory_that_is_written_is_anonymous():
     assert pages.anonymous_nbytes() - before == pytest.approx(held.nbytes, rel=0.05)
 
 
-def test_a_system_that_does_not_tell_gives_none(path, monkeypatch, tmp_path):
+def test_a_system_without_these_figures_gives_none(path, monkeypatch, tmp_path):
     assert pages._number(tmp_path / "none", "Anonymous:", 1) is None
     monkeypatch.setattr(pages.ctypes, "CDLL", lambda *_, **__: object())
     assert pages.cached_nbytes(path) is None

@@ -82,7 +82,7 @@ def test_the_stack_distances_give_lrus_hits_at_every_capacity(stream, capacity):
 
 
 @given(streams, st.integers(1, 4), st.integers(1, 8))
-def test_w_lrfu_is_a_window_before_what_is_looked_up_most_of_late(stream, window_rows, main_rows):
+def test_w_lrfu_is_a_window_before_the_rows_of_largest_key(stream, window_rows, main_rows):
     half_life = 7  # 2^(1/7) is irrational, so that no two sums are equal but for rounding
     residency = Residency(ROWS, np.arange(0), window_rows, main_rows, half_life)
     hits = [residency.look_up(np.array([row])).hits for row in stream]

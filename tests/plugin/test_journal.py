@@ -89,7 +89,7 @@ def refused(run_pytest, tmp_path, *arguments):
 
 
 @pytest.mark.parametrize("subject", ["block", "kv", "ple", "quality", "weights"])
-def test_a_checkpoint_without_a_tokenizer_is_told_before_anything_that_needs_one(
+def test_a_missing_tokenizer_is_reported_before_anything_that_needs_one(
     subject, without_tokenizer, run_pytest, tmp_path
 ):
     printed = refused(run_pytest, tmp_path, f"benchmarks/test_{subject}.py", "--checkpoint", without_tokenizer)
@@ -102,19 +102,19 @@ def test_what_needs_no_text_needs_no_tokenizer(without_tokenizer, run_pytest):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"ple_trace": "none.npy"}, "none.npy: cannot be read as a .npy array"),
         ({"ple_trace": "none.txt"}, "none.txt: cannot be read as UTF-8 text"),
         ({"ple_trace": "long.npy"}, "long.npy: token id 999 is out of range"),
         ({"text": "none.txt"}, "none.txt: cannot be read as UTF-8 text"),
-        ({"text": "same.txt", "calibration_text": "copy.txt"}, "calibrated on the text that is judged on"),
+        ({"text": "same.txt", "calibration_text": "copy.txt"}, "calibrated on the evaluation text"),
         ({"calibration_text": "none.txt"}, "none.txt: cannot be read as UTF-8 text"),
         ({"hessians": "none.safetensors"}, "none.safetensors"),
         ({"resume": "same.txt"}, "cannot be made a folder to resume from"),
     ],
 )
-def test_a_file_that_is_none_is_told_before_anything_is_measured(options, said, model, tmp_path, pytestconfig):
+def test_an_unreadable_file_is_reported_before_anything_is_measured(options, message, model, tmp_path, pytestconfig):
     np.save(tmp_path / "long.npy", np.array([1, 999]))
     for name in ("same.txt", "copy.txt"):
         (tmp_path / name).write_text("5 6 7 8 9", encoding="utf-8")
@@ -122,17 +122,17 @@ def test_a_file_that_is_none_is_told_before_anything_is_measured(options, said, 
     run = Run(argparse.Namespace(**vars(pytestconfig.option) | {"checkpoint": str(model)} | paths))
     with run.checkpoint, pytest.raises(EpicQuantError) as caught:
         run.check_inputs(())
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_a_text_that_is_too_short_for_what_is_planned_is_told(model, tmp_path, run_pytest):
+def test_a_text_too_short_for_the_plan_is_reported(model, tmp_path, run_pytest):
     text = tmp_path / "short.txt"
     text.write_text("5 6 7 8 9", encoding="utf-8")
     printed = refused(run_pytest, tmp_path, "benchmarks/test_kv.py", "--checkpoint", model, "--text", text)
     assert "short.txt: 5 tokens, but 1 windows of" in printed
 
 
-def test_a_json_that_cannot_be_written_is_told_before_anything_is_measured(model, tmp_path, run_pytest):
+def test_a_json_that_cannot_be_written_is_reported_before_anything_is_measured(model, tmp_path, run_pytest):
     out = tmp_path / "none" / "out.json"
     status, printed = run_pytest("benchmarks/test_footprint.py", "--checkpoint", model, "--benchmark-json", out)
     assert status == 2

@@ -92,7 +92,7 @@ def test_a_limit_that_selects_nothing_is_status_2(footprint):
     assert "error: nbytes[modl=E4B]:1GB: unknown label of nbytes 'modl'; did you mean model?" in printed
 
 
-def test_without_times_the_rest_is_measured_and_judged(footprint):
+def test_without_times_the_rest_is_measured_and_checked(footprint):
     status, printed = footprint("--benchmark-disable", "--fail-if", "nbytes[model=E4B]:1GB")
     assert status == 1
     assert "nothing was timed, since --benchmark-disable was given" in printed
@@ -142,15 +142,15 @@ def configure(**options):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"fail_if": ["kl_divergance:1"]}, "unknown metric 'kl_divergance'"),
         ({"fail_if": ["kl_divergence:1", "nbytes:+5%"]}, "Name an older run with --baseline"),
         ({"fail_if": ["nbytes"]}, "is not a condition"),
     ],
 )
-def test_a_limit_that_is_none_ends_pytest_before_it_begins(options, said):
-    with pytest.raises(pytest.exit.Exception, match=said) as caught:
+def test_an_invalid_limit_ends_pytest_before_it_begins(options, message):
+    with pytest.raises(pytest.exit.Exception, match=message) as caught:
         configure(**options)
     assert caught.value.returncode == 2
 

@@ -1,4 +1,4 @@
-"""What is told while benchmarks run: as they are planned, on a terminal, in a log."""
+"""What is printed while benchmarks run: as they are planned, on a terminal, in a log."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from epic_quant.plugin.progress import Remaining, clock
 TESTS = ["f.py::one[a]", "f.py::one[b]", "f.py::one[c]", "f.py::two[a]", "f.py::two[b]"]
 
 
-def test_before_anything_is_known_nothing_is_said_of_the_time():
+def test_before_any_test_has_ended_there_is_no_estimate():
     assert Remaining(TESTS, {}).seconds is None
 
 
@@ -42,7 +42,7 @@ def test_an_earlier_run_is_believed_until_a_function_has_times_of_its_own():
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (754, "12:34"), (3723, "1:02:03")])
-def test_times_are_told_as_a_clock_does(seconds, text):
+def test_times_are_written_as_a_clock_shows_them(seconds, text):
     assert clock(seconds) == text
 
 
@@ -95,10 +95,10 @@ def test_a_terminal_has_one_line_a_subject_that_is_written_anew(model, process_o
     assert "\x1b[" not in written, "NO_COLOR"
 
 
-def test_other_tests_are_told_as_ever_and_pass_no_limit(run_pytest):
+def test_other_tests_are_shown_as_by_pytest_and_fail_a_limit(run_pytest):
     status, printed = run_pytest("tests/test_units.py", "--fail-if", "nbytes:1GB")
     assert status == 2
-    assert "error: no benchmark was run that --fail-if" in printed
+    assert "error: no benchmark was run, so --fail-if" in printed
     status, printed = run_pytest("tests/test_units.py")
     assert status == 0
     assert "tests/test_units.py ....." in printed

@@ -1,4 +1,4 @@
-"""What a session is told and tells of itself, with pytest run as a user runs it."""
+"""The options of a session and what it prints, with pytest run as a user runs it."""
 
 import json
 
@@ -53,7 +53,7 @@ def test_kv_policies_are_measured_on_any_checkpoint(model, tmp_path, run_pytest)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--policy", "original-2"], "unknown policy 'original-2'; did you mean original-"),
         (["--policy", "mpl=int4"], "unknown tensor class 'mpl'"),
@@ -62,11 +62,11 @@ def test_kv_policies_are_measured_on_any_checkpoint(model, tmp_path, run_pytest)
         (["--checkpoint", "benchmarks/facts"], "no weights in this folder"),
     ],
 )
-def test_bad_input_is_one_line_status_2_and_no_json(options, said, tmp_path, run_pytest):
+def test_bad_input_is_one_line_status_2_and_no_json(options, message, tmp_path, run_pytest):
     out = tmp_path / "out.json"
     status, printed = run_pytest("benchmarks/test_footprint.py", *options, "--benchmark-json", out)
     assert status == 2
-    assert sum(said in line for line in printed.splitlines()) == 1
+    assert sum(message in line for line in printed.splitlines()) == 1
     assert "Traceback" not in printed
     assert list(out.parent.iterdir()) == []
 
@@ -82,7 +82,7 @@ def test_a_plan_measures_nothing(model, tmp_path, run_pytest):
     assert list(out.parent.iterdir()) == []
 
 
-def test_json_that_could_not_be_written_is_told_at_once(tmp_path, run_pytest):
+def test_json_that_could_not_be_written_is_reported_at_once(tmp_path, run_pytest):
     out = tmp_path / "out.json"
     status, printed = run_pytest("benchmarks/test_footprint.py", "--benchmark-disable", "--benchmark-json", out)
     assert status == 4
@@ -97,12 +97,12 @@ def test_an_option_that_is_no_number_is_refused(model, run_pytest):
 
 
 @pytest.mark.parametrize(
-    ("isa", "status", "said"),
+    ("isa", "status", "message"),
     [("reference", 0, "kernels: reference of "), ("avx1024", 2, "EPIC_QUANT_ISA is 'avx1024', but this machine has: ")],
 )
-def test_the_header_says_what_computes_and_refuses_what_is_not_there(isa, status, said, monkeypatch, run_pytest):
+def test_the_header_says_what_computes_and_refuses_what_is_not_there(isa, status, message, monkeypatch, run_pytest):
     monkeypatch.setenv("EPIC_QUANT_ISA", isa)
     ended, printed = run_pytest("--collect-only", "tests/test_errors.py")
     assert ended == status
     # Without a native module the line says why instead.
-    assert said in printed or "kernels: torch reference" in printed
+    assert message in printed or "kernels: torch reference" in printed

@@ -113,11 +113,11 @@ def test_another_seed_draws_other_labels_and_the_same_one_the_same(weights):
 
 
 def test_the_pass_says_where_it_is(weights):
-    said = []
-    list(Backward(weights, WINDOWS, seed=0).run(said.append))
+    steps = []
+    list(Backward(weights, WINDOWS, seed=0).run(steps.append))
     layers = weights.config.num_layers
-    assert said[:2] == [f"layer 1 of {layers}", f"layer 2 of {layers}"]
-    assert said[layers:] == ["head", *(f"layer {n} of {layers} backwards" for n in range(layers, 0, -1)), "tables"]
+    assert steps[:2] == [f"layer 1 of {layers}", f"layer 2 of {layers}"]
+    assert steps[layers:] == ["head", *(f"layer {n} of {layers} backwards" for n in range(layers, 0, -1)), "tables"]
 
 
 def test_a_weight_that_is_no_number_is_refused_naming_the_layer(toy_checkpoint_with_nan):

@@ -126,7 +126,7 @@ def test_every_ablation_is_recorded_on_the_evaluation_text(finished):
     assert kv.details["nbytes"] + kv.metrics["saved_nbytes"] == 2 * 2 * 2 * (5 * 6 * 16 + 100 * 32)
 
 
-def test_the_plan_is_told_and_states_are_kept(finished):
+def test_the_plan_is_printed_and_states_are_kept(finished):
     assert "quality, 4 policies with the reference on 2 windows of 12 tokens: 1 pass" in finished[0]
     assert "sensitivity, 44 policies with the reference on 2 windows of 12 tokens: 1 pass" in finished[0]
     names = ["quality.safetensors", "recipe.safetensors", "sensitivity.safetensors"]
@@ -142,18 +142,18 @@ def test_a_plan_alone_counts_layers_where_they_are_asked_for(options):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         (["--windows", "9"], "60 tokens, but 9 windows of 12 need 99"),
         (["--memory", "1kB"], "are allowed; take fewer windows or more memory"),
         (["--policy", "mlp@12=int4"], "mlp@12=int4: this model of 12 layers has no such tensor"),
     ],
 )
-def test_wrong_input_is_one_line_and_status_2(wrong, said, options, tmp_path):
+def test_wrong_input_is_one_line_and_status_2(wrong, message, options, tmp_path):
     """However many measurements rest on it."""
     status, printed = pytest_run(*options, *wrong, "-q", "--benchmark-json", tmp_path / "out.json")
     assert status == 2
-    assert said in printed
+    assert message in printed
     assert "Traceback" not in printed
     assert len(printed.splitlines()) < 40
 
@@ -166,7 +166,7 @@ def test_the_state_of_other_policies_ends_the_run(options, finished):
     assert "the state of a run with other policies, which differ in mlp=int3" in printed
 
 
-def test_a_size_that_is_none_is_refused(options):
+def test_an_invalid_size_is_refused(options):
     status, printed = pytest_run(*options, "--memory", "many")
     assert status == 4
     assert "--memory" in printed

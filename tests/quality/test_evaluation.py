@@ -111,7 +111,7 @@ def test_a_policy_can_be_that_of_single_layers(layers, toy_checkpoint, windows, 
 
 
 def test_equal_weights_diverge_by_no_more_than_rounding(toy_checkpoint, windows):
-    """The cache quantizes nothing, since all tokens are recent; so the same is computed, by other states."""
+    """The cache quantizes nothing, since the residual window holds all tokens; so states alone differ."""
     ours = evaluate(toy_checkpoint, {"same": PolicySpec.parse("kv=int4/residual=99")}, windows)
     assert ours["same"].kl_max < 1e-9
     assert ours["same"].top1_agreement == 1
@@ -200,7 +200,7 @@ def test_less_memory_takes_more_passes_to_the_same_bits(toy_checkpoint, windows,
     assert same(few, whole)
 
 
-def test_too_little_memory_for_a_single_policy_is_said(toy_checkpoint, windows, layers_read):
+def test_too_little_memory_for_a_single_policy_is_an_error(toy_checkpoint, windows, layers_read):
     with pytest.raises(TokenError, match=r"3 windows of 17 tokens need .* 0\.00 GB are allowed; take fewer windows"):
         evaluate(toy_checkpoint, POLICIES, windows, memory_nbytes=1000)
     assert layers_read == []
@@ -260,9 +260,9 @@ def test_a_group_that_does_not_fit_names_the_tensor(toy_checkpoint, windows):
 
 def test_a_bar_is_shown_where_it_is_asked_for(toy_checkpoint, windows, capsys):
     evaluate(toy_checkpoint, POLICIES, windows, progress=True)
-    said = capsys.readouterr().err
-    assert "layer 12 of 12, 9 policies, pass 1 of 1" in said
-    assert "gone" in said
-    assert "left" in said
+    printed = capsys.readouterr().err
+    assert "layer 12 of 12, 9 policies, pass 1 of 1" in printed
+    assert "elapsed" in printed
+    assert "left" in printed
     evaluate(toy_checkpoint, {}, windows, progress=None)
     assert capsys.readouterr().err == ""

@@ -84,7 +84,7 @@ def test_the_summary_is_that_of_numpy(tokens):
     assert quality.num_tokens == 18
 
 
-def test_windows_can_be_told_apart(tokens):
+def test_windows_can_be_taken_one_by_one(tokens):
     first, second = tokens.windows(slice(0, 1)), tokens.windows(slice(1, 2))
     assert first.quality().num_tokens == second.quality().num_tokens == 9
     mean = (first.quality().kl_divergence + second.quality().kl_divergence) / 2

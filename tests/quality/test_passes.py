@@ -136,17 +136,17 @@ def test_groups_fit_the_rows_of_the_class(toy_checkpoint):
     }
 
 
-def test_the_plan_tells_passes_time_ram_and_disk(toy_checkpoint):
+def test_the_plan_has_passes_time_ram_and_disk(toy_checkpoint):
     config = TextConfig.read(toy_checkpoint)
-    said = "\n".join(plan_quality("quality", config, {"x": PolicySpec.parse("mlp=int4")}, 3, 17, 10**9))
-    assert "quality, 2 policies with the reference on 3 windows of 17 tokens: 1 pass over the file" in said
-    assert "M weights, about" in said
-    assert "1.00 GB allowed (--memory)" in said
-    assert "with --resume" in said
+    lines = "\n".join(plan_quality("quality", config, {"x": PolicySpec.parse("mlp=int4")}, 3, 17, 10**9))
+    assert "quality, 2 policies with the reference on 3 windows of 17 tokens: 1 pass over the file" in lines
+    assert "M weights, about" in lines
+    assert "1.00 GB allowed (--memory)" in lines
+    assert "with --resume" in lines
 
 
 TOKENS = 2048
-# One of each type that owns K and V, and one that shares them.
+# A KV source layer of each type, and one sharing layer.
 LAYER_TYPES = ["sliding_attention", "full_attention", "full_attention"]
 
 
@@ -193,7 +193,7 @@ class Peak:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell anonymous memory")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not report anonymous memory")
 def test_four_policies_on_2048_tokens_of_e4bs_layers_take_less_than_6_gb(few_layers_of_e4b, capsys):
     """The growth of the process's anonymous memory at its peak is what the plan allows for, which for E4B is less.
 

@@ -144,7 +144,7 @@ def test_a_file_that_is_no_state_is_refused_and_kept(content, state, toy_checkpo
     assert path.read_bytes() == before
 
 
-def test_a_place_that_cannot_be_written_is_said(toy_checkpoint, windows, tmp_path):
+def test_a_place_that_cannot_be_written_is_an_error(toy_checkpoint, windows, tmp_path):
     with pytest.raises(CheckpointError, match="the state of the run cannot be written"):
         measure(toy_checkpoint, {}, windows, resume=tmp_path / "none" / "state")
     assert not any(tmp_path.iterdir())

@@ -63,7 +63,7 @@ def test_a_recipe_within_stored_bytes_counts_whole_tables_and_what_is_kept(price
 
 
 @pytest.mark.parametrize("bits", [2.0, 3.0, 5.0])
-def test_a_finer_choice_is_never_dearer_where_tensors_do_not_share_errors(bits):
+def test_a_finer_choice_never_costs_more_where_tensors_do_not_share_errors(bits):
     """One spec a tensor can be that of its class, so its least sum of prices is no larger."""
     prices = orthogonal(make_prices(common=0.0))
     found = {by: problem(prices, by).within_bits(bits).alone for by in BY}
@@ -163,7 +163,7 @@ def test_too_few_bits_are_refused_with_the_least(prices):
     assert problem(prices).within_bits(1.75).bits_per_weight == 1.75
 
 
-def test_a_class_to_keep_that_is_none_is_refused_with_the_near_ones(prices):
+def test_an_unknown_class_to_keep_is_refused_with_similar_names(prices):
     with pytest.raises(RecipeError, match="unknown tensor class to keep 'mpl'; did you mean mlp"):
         problem(prices, keep=frozenset({"mpl"}))
 

@@ -417,7 +417,7 @@ SUBJECTS = {
 
 @pytest.fixture(scope="session")
 def run_json():
-    """`run_json("block", …)`: a whole JSON object with the records of these subjects, of all where none is said."""
+    """`run_json("block", …)`: a whole JSON object with the records of these subjects, of all where none is named."""
 
     def make(*subjects, kind="trained-small"):
         return {

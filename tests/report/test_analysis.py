@@ -177,9 +177,9 @@ def test_errors_of_single_classes_are_paired_with_their_divergence(run):
 
 def test_the_class_that_costs_most_for_each_mb(run):
     found = sensitivity.costs(run("sensitivity"))
-    assert (found.dearest.tensor_class, found.dearest.spec) == ("sliding_attention", "int3-g128")
+    assert (found.costliest.tensor_class, found.costliest.spec) == ("sliding_attention", "int3-g128")
     # 0.01 · 1.7 · 1.1 nats for 5.2 · (1 - 3.125/16) MB.
-    assert found.dearest.kl_per_mb == pytest.approx(0.0187 / (5.2 * (1 - 3.125 / 16)))
+    assert found.costliest.kl_per_mb == pytest.approx(0.0187 / (5.2 * (1 - 3.125 / 16)))
     assert (found.cheapest.tensor_class, found.cheapest.spec) == ("mlp", "int4-g128")
     assert found.by_width == (("int4", "sliding_attention"), ("int3", "sliding_attention"))
 

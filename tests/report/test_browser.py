@@ -64,16 +64,16 @@ def report(run_json, tmp_path_factory):
 
 @pytest.fixture
 def opened(browser, report):
-    """`opened(...)`: the page in a context of these settings, which in the end said and asked for nothing."""
-    contexts, said, asked = [], [], []
+    """`opened(...)`: the page in a context of these settings, which in the end messages and asked for nothing."""
+    contexts, messages, asked = [], [], []
 
     def open_page(**settings):
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **settings})
         contexts.append(context)
         page = context.new_page()
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
+        page.on("console", lambda entry: messages.append(entry.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
+        page.on("dialog", lambda dialog: (messages.append(dialog.message), dialog.dismiss()))
         page.on("request", lambda request: asked.append(request.url))
         page.goto(report.as_uri())
         return page
@@ -81,7 +81,7 @@ def opened(browser, report):
     yield open_page
     for context in contexts:
         context.close()
-    assert said == []
+    assert messages == []
     assert {url for url in asked if not url.startswith("data:")} == {report.as_uri()}
 
 
@@ -111,10 +111,10 @@ def test_a_click_sorts_by_number_then_the_other_way_then_as_it_was(column, name,
     assert head.inner_text().strip() == name
     assert "—" in original
     expected = [(in_order(original), "ascending"), (in_order(original, True), "descending"), (original, None)]
-    for texts, said in expected:
+    for texts, order in expected:
         head.get_by_role("button").click()
         assert cells(page, "Quality", column) == texts
-        assert head.get_attribute("aria-sort") == said
+        assert head.get_attribute("aria-sort") == order
     assert in_order(original) != original
 
 
@@ -138,7 +138,7 @@ def test_the_keyboard_sorts(key, opened):
     assert cells(page, "Quality", 4) == in_order(original)
 
 
-def test_a_point_that_is_pointed_at_tells_its_policy(opened):
+def test_a_points_tooltip_names_its_policy(opened):
     page = opened()
     tip = page.locator("#tip")
     assert tip.is_hidden()
@@ -157,13 +157,13 @@ def test_the_keyboard_goes_from_point_to_point(opened):
     # The plot is one stop of the Tab key, after the last header of the table before it.
     page.locator("main table").first.get_by_role("button").last.focus()
     page.keyboard.press("Tab")
-    told = []
+    tips = []
     for _ in range(plot.locator(".tip").count()):
-        told.append(page.locator("#tip").inner_text())
+        tips.append(page.locator("#tip").inner_text())
         page.keyboard.press("ArrowRight")
-    assert len(set(told)) == len(told)
-    assert {"original-1.58", "int4-g128", HOSTILE} <= {text.rpartition(": ")[0] for text in told}
-    sizes = [float(re.search(r": ([\d.,]+) MB", text)[1]) for text in told]
+    assert len(set(tips)) == len(tips)
+    assert {"original-1.58", "int4-g128", HOSTILE} <= {text.rpartition(": ")[0] for text in tips}
+    sizes = [float(re.search(r": ([\d.,]+) MB", text)[1]) for text in tips]
     assert sizes == sorted(sizes)
     page.keyboard.press("Escape")
     assert page.locator("#tip").is_hidden()

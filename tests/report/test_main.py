@@ -64,7 +64,7 @@ def test_bad_input_is_one_line_and_status_2_and_writes_nothing(write_json, out, 
     assert not out.exists()
 
 
-def test_a_folder_that_is_a_file_is_told(run_json, write_json, tmp_path, capsys):
+def test_a_folder_that_is_a_file_is_reported(run_json, write_json, tmp_path, capsys):
     taken = tmp_path / "taken"
     taken.write_text("mine", encoding="utf-8")
     for folder in (taken, taken / "below"):
@@ -74,7 +74,7 @@ def test_a_folder_that_is_a_file_is_told(run_json, write_json, tmp_path, capsys)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the administrator may write anywhere")
-def test_a_folder_without_permission_is_told(run_json, write_json, tmp_path, capsys):
+def test_a_folder_without_permission_is_reported(run_json, write_json, tmp_path, capsys):
     folder = tmp_path / "closed"
     folder.mkdir(mode=0o500)
     assert main([str(write_json(run_json("block"))), "--out", str(folder)]) == 2
@@ -177,7 +177,7 @@ def gated(run_json, write_json, out, *options):
     return main([str(write_json(run_json())), "--out", str(out), *map(str, options)])
 
 
-def test_limits_that_are_kept_are_told_and_status_0(run_json, write_json, out, capsys):
+def test_limits_that_are_kept_are_reported_and_status_0(run_json, write_json, out, capsys):
     assert gated(run_json, write_json, out, "--fail-if", "kl_divergence[subject=quality]:0.5") == 0
     assert capsys.readouterr().err == "5 of 5 values within their limit\n"
     text = (out / "COMPARISON.md").read_text(encoding="utf-8")
@@ -187,10 +187,10 @@ def test_limits_that_are_kept_are_told_and_status_0(run_json, write_json, out, c
 def test_a_limit_that_is_not_kept_is_status_1_a_table_and_a_report(run_json, write_json, out, capsys):
     options = ["--fail-if", "kl_divergence[subject=quality]:0.025", "--fail-if", "top1_agreement:0.5"]
     assert gated(run_json, write_json, out, *options) == 1
-    told = capsys.readouterr().err
-    assert "kl_divergence  quality  policy=original-1.58" in told
-    assert "2 of 10 values past their limit" in told
-    assert max(map(len, told.splitlines())) <= 100
+    printed = capsys.readouterr().err
+    assert "kl_divergence  quality  policy=original-1.58" in printed
+    assert "2 of 10 values past their limit" in printed
+    assert max(map(len, printed.splitlines())) <= 100
     assert "2 of 10 values past their limit" in (out / "COMPARISON.md").read_text(encoding="utf-8")
 
 
@@ -210,7 +210,7 @@ def test_a_baseline_stands_beside_the_run(run_json, write_json, out, tmp_path, c
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--fail-if", "kl_divergance:1"], "unknown metric 'kl_divergance'; did you mean kl_divergence"),
         (["--fail-if", "kl_divergence[policy=int4-g12]:1"], "unknown policy of kl_divergence 'int4-g12'; did you mean"),
@@ -219,10 +219,10 @@ def test_a_baseline_stands_beside_the_run(run_json, write_json, out, tmp_path, c
         (["--baseline", "none.json"], "none.json: no such file"),
     ],
 )
-def test_a_limit_that_cannot_be_judged_is_status_2_and_writes_nothing(options, said, run_json, write_json, out, capsys):
+def test_an_invalid_limit_is_status_2_and_writes_nothing(options, message, run_json, write_json, out, capsys):
     assert gated(run_json, write_json, out, *options) == 2
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert error.count("\n") == 1
     assert not out.exists()
 

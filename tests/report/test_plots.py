@@ -112,7 +112,7 @@ def test_every_series_up_to_eighteen_looks_different():
     assert len({(line.get_color(), line.get_marker()) for line in seen(figure.axes[0])}) == 18
 
 
-def test_every_point_tells_its_name_and_values_where_it_is():
+def test_every_point_has_its_name_and_values_in_a_tooltip():
     points = [Point("p", "series", 2.0, 0.25, "int4-g128"), Point("p", "<&> \x01", 3.0, 0.5)]
     root = ElementTree.fromstring(plots.scatter_svg(Scatter(X, Y, points)))
     tips = {tip.find("{*}title").text: tip for tip in root.findall(".//{*}circle")}

@@ -69,7 +69,7 @@ def test_a_spec_that_few_have_is_not_what_all_are_compared_at():
     assert len(offers) == len(tensors)
 
 
-def test_dearest_first_by_nats_for_each_mb_saved_from_bf16():
+def test_costliest_first_by_nats_for_each_mb_saved_from_bf16():
     record = synthetic_prices()
     ranked = prices.by_cost(prices.at_equal_bits(prices.tensors(record))[1])
     costs = {}
@@ -80,10 +80,10 @@ def test_dearest_first_by_nats_for_each_mb_saved_from_bf16():
     assert ranked[0].kl_per_mb == pytest.approx(max(costs.values()))
 
 
-def test_the_tables_have_the_ten_dearest_and_the_ten_cheapest_and_the_budgets(run_of):
-    dearest, cheapest, budgets = tables(section.blocks(run_of(synthetic_prices())))
-    assert len(dearest.rows) == len(cheapest.rows) == 10
-    assert float(dearest.rows[0][-1]) > float(cheapest.rows[0][-1])
+def test_the_tables_have_the_ten_costliest_and_the_ten_cheapest_and_the_budgets(run_of):
+    costliest, cheapest, budgets = tables(section.blocks(run_of(synthetic_prices())))
+    assert len(costliest.rows) == len(cheapest.rows) == 10
+    assert float(costliest.rows[0][-1]) > float(cheapest.rows[0][-1])
     assert budgets.rows[0] == ("3.00", "1.2", "0.100", "0.0625 (1.60×)", "0.0500 (2.00×)", "0.0250 (4.00×)")
 
 
@@ -107,7 +107,7 @@ def test_policies_and_recipes_have_their_prediction_beside_what_was_measured(run
     assert table.rows == (("`int4-g128`", "0.0200 ± 0.0010", "0.0300", "1.50 ✗"),)
 
 
-def test_predictions_out_of_range_are_flagged_and_said_with_their_divergence(run_of):
+def test_predictions_out_of_range_are_flagged_with_their_divergence(run_of):
     run = run_of(
         synthetic_prices(),
         beside("mlp", "int8", 0.001, 0.001),
@@ -124,7 +124,7 @@ def test_predictions_out_of_range_are_flagged_and_said_with_their_divergence(run
     assert "embedding `int4-g128` (1.50)" in text
 
 
-def test_predictions_within_range_are_said_to_be(run_of):
+def test_predictions_within_range_are_counted(run_of):
     run = run_of(synthetic_prices(), beside("mlp", "int8", 0.001, 0.00081))
     assert any("All are within range." in block.text for block in section.blocks(run) if isinstance(block, Paragraph))
 
@@ -132,7 +132,7 @@ def test_predictions_within_range_are_said_to_be(run_of):
 def test_findings_have_extremes_savings_and_range(run_of):
     records = [beside("mlp", f"int{bits}", 4.0**-bits, 0.9 * 4.0**-bits) for bits in (2, 3, 4, 8)]
     costs, saved, ranged = section.findings(run_of(synthetic_prices(), *records))
-    assert costs.startswith("At `int4-g128`, the dearest tensor for each MB saved is `layers.")
+    assert costs.startswith("At `int4-g128`, the costliest tensor for each MB saved is `layers.")
     assert "4.00 times less KL divergence than one for each class at equal bytes, at 3.00 to 4.00 bits" in saved
     assert ranged == (
         "Predicted / measured KL divergence of 4 classes and specs: 0.900 to 0.900, median 0.900, 4 of them from 0.8 "

@@ -14,7 +14,7 @@ from epic_quant.records import JSON_KEY
 from epic_quant.report import markdown
 from epic_quant.report.sections import comparison
 from epic_quant.results.comparison import compare
-from epic_quant.results.gate import Condition, judge
+from epic_quant.results.gate import Condition, check_limits
 from epic_quant.results.reading import parse_run
 
 from .conftest import entry, recipe
@@ -44,7 +44,7 @@ def whole(run_json):
     del older["benchmarks"][-1]
     run, baseline = parse_run(data, "run"), parse_run(older, "older")
     conditions = [Condition.parse(text) for text in ("kl_divergence[subject=quality]:+5%", "top1_agreement:0.98")]
-    return comparison(run, compare(run, baseline), judge(conditions, run, baseline))
+    return comparison(run, compare(run, baseline), check_limits(conditions, run, baseline))
 
 
 def test_the_report_says_what_the_snapshot_says(run_json):

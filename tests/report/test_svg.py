@@ -45,7 +45,7 @@ def test_inlined_plots_share_no_ids_and_keep_their_references(drawing):
     assert not set(ids(ElementTree.fromstring(first))) & set(ids(ElementTree.fromstring(second)))
 
 
-def test_inlined_colours_turn_with_the_page(drawing):
+def test_inlined_colours_follow_the_page(drawing):
     root = ElementTree.fromstring(svg.inlined(drawing, "one-", "caption"))
     colours = {element.get(name) for element in root.iter() for name in ("fill", "stroke")} - {None, "none"}
     assert colours

@@ -54,7 +54,7 @@ SUBJECTS = {"footprint": _footprint, "weights": _weights, "ladder": _ladder, "bl
 
 @pytest.fixture
 def run_json():
-    """`run_json("block", …)`: a whole JSON object with the records of these subjects, of all where none is said."""
+    """`run_json("block", …)`: a whole JSON object with the records of these subjects, of all where none is named."""
 
     def make(*subjects):
         entries = [{"name": "of another plugin", "extra_info": {}, "stats": {"median": 1.0}}]

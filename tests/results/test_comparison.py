@@ -53,7 +53,7 @@ def test_a_run_is_the_same_as_itself(run):
     assert len(found.changes) == values
 
 
-def test_facts_that_differ_are_told_before_and_now(run, run_json):
+def test_facts_that_differ_are_reported_before_and_now(run, run_json):
     data = run_json()
     facts = data["epic_quant"]
     facts["versions"]["torch"] = "2.10.0"

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from epic_quant.errors import GateError
 from epic_quant.records import METRICS, Record
-from epic_quant.results.gate import Condition, judge
+from epic_quant.results.gate import Condition, check_limits
 from epic_quant.results.reading import parse_run
 from epic_quant.results.run import Run
 
@@ -22,13 +22,13 @@ def quality(divergence, policy="int4", **metrics):
 
 
 def one(text, run, baseline=None, **options):
-    (judgement,) = judge([Condition.parse(text)], run, baseline, **options)
-    return judgement
+    (result,) = check_limits([Condition.parse(text)], run, baseline, **options)
+    return result
 
 
 def error_of(text, run=None, baseline=None):
     with pytest.raises(GateError) as caught:
-        judge([Condition.parse(text)], run or run_of(quality(0.1)), baseline)
+        check_limits([Condition.parse(text)], run or run_of(quality(0.1)), baseline)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -66,7 +66,7 @@ def test_conditions_are_read(text, metric, where, limit, relative):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("kl_divergence", "is not a condition METRIC[label=value,…]:LIMIT, such as kl_divergence:0.05"),
         ("", "is not a condition"),
@@ -90,10 +90,10 @@ def test_conditions_are_read(text, metric, where, limit, relative):
         ('rel_l2[class="mlp]:1', "is not label=value"),
     ],
 )
-def test_what_is_no_condition_is_told(text, said):
+def test_what_is_no_condition_is_reported(text, message):
     with pytest.raises(GateError) as caught:
         Condition.parse(text)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 @given(st.text(max_size=40))
@@ -119,11 +119,11 @@ def test_a_limit_is_on_the_bad_side(value, limit):
 @given(NUMBERS, st.integers(1, 10**6), st.integers(-50, 50))
 def test_a_relative_limit_is_counted_from_the_baseline(value, before, percent):
     limit = before * (1 + percent / 100)
-    judged = one(f"kl_divergence:{percent:+d}%", run_of(quality(value)), run_of(quality(before)))
+    results = one(f"kl_divergence:{percent:+d}%", run_of(quality(value)), run_of(quality(before)))
     # Beside the limit itself, what is allowed for rounding: a millionth of the baseline.
-    assert judged.limit == pytest.approx(limit, rel=1e-9, abs=2e-6 * before)
+    assert results.limit == pytest.approx(limit, rel=1e-9, abs=2e-6 * before)
     if abs(value - limit) > 1e-5 * before:
-        assert judged.fails == (value > limit)
+        assert results.fails == (value > limit)
     higher = one(
         f"top1_agreement:{percent:+d}%",
         run_of(quality(0.0, top1_agreement=value)),
@@ -159,7 +159,7 @@ def test_what_could_not_be_measured_fails(value):
 
 def test_labels_select(run):
     def selected(text):
-        return [(one.subject, *one.labels.values()) for one in judge([Condition.parse(text)], run)]
+        return [(one.subject, *one.labels.values()) for one in check_limits([Condition.parse(text)], run)]
 
     assert selected("rel_l2[class=mlp]:1") == [
         ("weights", "int4-g128", "mlp", "int4-g128", "quantize"),
@@ -172,8 +172,8 @@ def test_labels_select(run):
 
 
 def test_several_conditions_are_each_on_their_own(run):
-    judged = judge([Condition.parse("kl_divergence:0.01"), Condition.parse("nbytes:1GB")], run)
-    assert {(one.condition.metric.name, one.fails) for one in judged} == {
+    results = check_limits([Condition.parse("kl_divergence:0.01"), Condition.parse("nbytes:1GB")], run)
+    assert {(one.condition.metric.name, one.fails) for one in results} == {
         ("kl_divergence", False),
         ("kl_divergence", True),
         ("nbytes", False),
@@ -186,7 +186,7 @@ def test_the_same_thing_measured_twice_counts_with_its_median():
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("hit_rate:0.5", "nothing in this run has the metric hit_rate; it has added_rel_l2, bits_per_weight"),
         ("kl_divergence[polcy=bf16]:1", "unknown label of kl_divergence 'polcy'; did you mean policy?"),
@@ -198,8 +198,8 @@ def test_the_same_thing_measured_twice_counts_with_its_median():
         ("nbytes[policy=bf16,kv=int8]:1", "unknown label of nbytes 'kv'; known: column"),
     ],
 )
-def test_what_selects_nothing_is_an_error(text, said, run):
-    assert said in error_of(text, run)
+def test_what_selects_nothing_is_an_error(text, message, run):
+    assert message in error_of(text, run)
 
 
 def test_a_label_that_is_no_label_says_how_a_comma_is_written(run):
@@ -212,17 +212,17 @@ def test_relative_limits_need_a_baseline():
 
 def test_what_only_one_run_has_fails_a_relative_limit():
     now, before = run_of(quality(0.1, "new"), quality(0.1)), run_of(quality(0.1), quality(0.1, "gone"))
-    judged = {one.labels["policy"]: one for one in judge([Condition.parse("kl_divergence:+5%")], now, before)}
-    assert {name: one.fails for name, one in judged.items()} == {"new": True, "int4": False, "gone": True}
-    assert (judged["new"].before, judged["new"].limit) == (None, None)
-    assert (judged["gone"].value, judged["gone"].before) == (None, 0.1)
+    results = {one.labels["policy"]: one for one in check_limits([Condition.parse("kl_divergence:+5%")], now, before)}
+    assert {name: one.fails for name, one in results.items()} == {"new": True, "int4": False, "gone": True}
+    assert (results["new"].before, results["new"].limit) == (None, None)
+    assert (results["gone"].value, results["gone"].before) == (None, 0.1)
 
 
 def test_a_metric_that_was_lost_fails_a_relative_limit():
     before = run_of(quality(0.1, perplexity=9.0))
     now = run_of(quality(0.1), quality(0.1, "other", perplexity=9.0))
-    judged = judge([Condition.parse("perplexity:+5%")], now, before)
-    assert {one.labels["policy"]: one.fails for one in judged} == {"other": True, "int4": True}
+    results = check_limits([Condition.parse("perplexity:+5%")], now, before)
+    assert {one.labels["policy"]: one.fails for one in results} == {"other": True, "int4": True}
 
 
 def test_times_of_another_machine_count_only_when_asked_for():

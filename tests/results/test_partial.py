@@ -100,7 +100,7 @@ def test_a_new_run_takes_the_place_of_an_old_file_whole(stopped, facts):
     assert [path.name for path in stopped.parent.iterdir()] == [stopped.name]
 
 
-def test_a_full_disk_is_told_and_ends_nothing(tmp_path, facts):
+def test_a_full_disk_is_reported_and_ends_nothing(tmp_path, facts):
     resource = pytest.importorskip("resource", reason="limits of a process are Unix'")
     path = tmp_path / "out.partial.jsonl"
     writer = PartialWriter(path, facts, TESTS)
@@ -117,7 +117,7 @@ def test_a_full_disk_is_told_and_ends_nothing(tmp_path, facts):
     assert [one.labels["policy"] for one in read_run(path).records] == ["0"]
 
 
-def test_a_folder_that_is_not_there_is_told(tmp_path, facts):
+def test_a_folder_that_is_not_there_is_reported(tmp_path, facts):
     with pytest.raises(ReportError, match=r"none/out\.partial\.jsonl: cannot be written: No such file"):
         PartialWriter(tmp_path / "none" / "out.partial.jsonl", facts, TESTS)
 
@@ -132,7 +132,7 @@ def test_what_cannot_be_put_in_its_place_leaves_nothing(tmp_path, facts):
 
 
 @pytest.mark.parametrize(
-    ("lines", "said"),
+    ("lines", "message"),
     [
         ([], "does not begin with the facts of a run"),
         (['{"test": "x", "outcome": "passed"}'], "does not begin with the facts of a run"),
@@ -143,17 +143,17 @@ def test_what_cannot_be_put_in_its_place_leaves_nothing(tmp_path, facts):
         ([None, '{"test": "x", "record": {"subject": "block"}}'], "'x' holds a damaged record"),
     ],
 )
-def test_a_damaged_line_is_told(lines, said, tmp_path, facts):
+def test_a_damaged_line_is_reported(lines, message, tmp_path, facts):
     first = json.dumps({JSON_KEY: facts, "planned": ["x"]})
     path = tmp_path / "out.partial.jsonl"
     path.write_text("".join(f"{line or first}\n" for line in lines), encoding="utf-8")
     with pytest.raises(ReportError) as caught:
         read_run(path)
     assert str(path) in str(caught.value)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_a_newer_schema_is_told(tmp_path, facts):
+def test_a_newer_schema_is_reported(tmp_path, facts):
     path = tmp_path / "out.partial.jsonl"
     writer = PartialWriter(path, facts | {"schema_version": SCHEMA_VERSION + 1}, ["x"])
     writer.record("x", record(1))

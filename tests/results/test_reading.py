@@ -61,7 +61,7 @@ def test_a_folder_cannot_be_read(tmp_path):
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(st.data())
-def test_json_cut_off_anywhere_is_told(run_json, write_json, data):
+def test_json_cut_off_anywhere_is_reported(run_json, write_json, data):
     text = json.dumps(run_json("footprint"))
     kept = data.draw(st.integers(0, len(text) - 1))
     assert "not JSON, or cut off" in error_of(write_json(text[:kept]))
@@ -70,18 +70,18 @@ def test_json_cut_off_anywhere_is_told(run_json, write_json, data):
 @pytest.mark.parametrize(
     "text", ["", "policy,bytes\n", "[" * 100_000, "9" * 5000], ids=["empty", "csv", "deep", "long"]
 )
-def test_what_is_no_json_is_told(text, write_json):
+def test_what_is_no_json_is_reported(text, write_json):
     assert "not JSON" in error_of(write_json(text))
 
 
-def test_bytes_that_are_no_text_are_told(tmp_path):
+def test_bytes_that_are_no_text_are_reported(tmp_path):
     path = tmp_path / "out.json"
     path.write_bytes(b"\x80\x02}q\x00.")
     assert "not JSON" in error_of(path)
 
 
 @pytest.mark.parametrize("data", [[], 1, "text", None, {}, {"benchmarks": {}}, {JSON_KEY: {}}])
-def test_json_of_another_kind_is_told(data, write_json):
+def test_json_of_another_kind_is_reported(data, write_json):
     text = error_of(write_json(json.dumps(data)))
     assert "not a JSON file of pytest-benchmark" in text
     assert COMMAND in text
@@ -100,7 +100,7 @@ def with_entries_of_other_kinds(data):
 
 
 @pytest.mark.parametrize("change", [without_facts, without_records, with_entries_of_other_kinds])
-def test_a_run_without_our_records_is_told(change, run_json, write_json):
+def test_a_run_without_our_records_is_reported(change, run_json, write_json):
     data = run_json("block")
     change(data)
     text = error_of(write_json(data))
@@ -114,7 +114,7 @@ def test_an_older_schema_is_refused_in_one_line(run_json, write_json):
     assert "made by an older epic_quant (schema version 1); measure again" in error_of(write_json(data))
 
 
-def test_a_newer_schema_is_told_with_both_versions(run_json, write_json):
+def test_a_newer_schema_is_reported_with_both_versions(run_json, write_json):
     data = run_json("block")
     data[JSON_KEY]["schema_version"] = SCHEMA_VERSION + 1
     text = error_of(write_json(data))
@@ -160,7 +160,7 @@ def test_damaged_facts_are_named(name, value, named, run_json, write_json):
     ],
     ids=str,
 )
-def test_a_damaged_record_is_told_with_its_benchmark(change, run_json, write_json):
+def test_a_damaged_record_is_reported_with_its_benchmark(change, run_json, write_json):
     data = run_json("block")
     data["benchmarks"][2]["name"] = "test_block[bf16]"
     data["benchmarks"][2]["extra_info"][JSON_KEY] |= change
@@ -168,20 +168,20 @@ def test_a_damaged_record_is_told_with_its_benchmark(change, run_json, write_jso
 
 
 @pytest.mark.parametrize("part", ["subject", "labels", "metrics", "details"])
-def test_a_record_that_lacks_a_part_is_told(part, run_json, write_json):
+def test_a_record_that_lacks_a_part_is_reported(part, run_json, write_json):
     data = run_json("block")
     del data["benchmarks"][1]["extra_info"][JSON_KEY][part]
     assert part in error_of(write_json(data))
 
 
-def test_a_record_that_is_no_object_is_told(run_json, write_json):
+def test_a_record_that_is_no_object_is_reported(run_json, write_json):
     data = run_json("block")
     data["benchmarks"][1]["extra_info"][JSON_KEY] = 3
     assert "damaged record" in error_of(write_json(data))
 
 
 @pytest.mark.parametrize(
-    ("said", "measured"),
+    ("given", "measured"),
     [
         ("2026-11-24T14:07:59.123456+00:00", "2026-11-24 14:07 UTC"),
         ("2026-11-24T23:30:00-02:00", "2026-11-25 01:30 UTC"),
@@ -190,12 +190,12 @@ def test_a_record_that_is_no_object_is_told(run_json, write_json):
         (None, None),
     ],
 )
-def test_the_time_of_measuring_is_a_fact_where_it_is_said(said, measured, run_json, write_json):
-    data = run_json("block") | {"datetime": said}
+def test_the_time_of_measuring_is_a_fact_where_it_is_given(given, measured, run_json, write_json):
+    data = run_json("block") | {"datetime": given}
     assert read_run(write_json(data)).facts.get("measured") == measured
 
 
-def test_half_a_surrogate_pair_is_told_since_no_file_can_hold_it(run_json, write_json):
+def test_half_a_surrogate_pair_is_reported_since_no_file_can_hold_it(run_json, write_json):
     data = run_json("block")
     data["benchmarks"][1]["extra_info"][JSON_KEY]["labels"]["policy"] = "\ud800"
     assert "damaged record" in error_of(write_json(data))

@@ -34,7 +34,7 @@ def test_a_named_policy_reads_back_by_name_and_by_string(name):
     assert hash(KVSpec.parse(str(NAMED_KV[name]))) == hash(NAMED_KV[name])
 
 
-def test_nothing_said_is_bf16():
+def test_the_default_is_bf16():
     assert KVSpec() == NAMED_KV["bf16"] == KVSpec.parse("sliding.k=bf16")
     assert str(KVSpec()) == "bf16"
 

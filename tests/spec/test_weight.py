@@ -47,7 +47,7 @@ def test_a_spec_reads_back(spec):
         (" int4", "unknown format"),
     ],
 )
-def test_a_spec_that_names_nothing_is_told_apart(spec, message):
+def test_an_unknown_spec_is_refused(spec, message):
     with pytest.raises(SpecError) as caught:
         WeightSpec.parse(spec)
     assert message in str(caught.value)

@@ -103,7 +103,7 @@ def marked(run: Run) -> list[Marked]:
             for spec, is_partial in _specs(policy, tensor_class).items():
                 key = tensor_class, spec.without_gptq
                 known = bits.get(key)
-                # A spec that was not measured alone is judged by the bits of its codes.
+                # A spec that was not measured alone counts by the bits of its codes.
                 if (math.log2(spec.info.num_levels) if known is None else known) < GUARDED_BITS:
                     found.append(Marked(name, tensor_class, spec, is_partial, None if is_partial else effects.get(key)))
     return found

@@ -29,7 +29,7 @@ class Rated:
 
 @dataclass(frozen=True)
 class Choice:
-    """A policy that is worth its bytes, for who has fewer than `upper` bytes.
+    """A policy that is worth its bytes, for a budget below `upper` bytes.
 
     `gain` is how many times larger the error of the next smaller one is, for `more_nbytes` bytes less.
     `beaten` are other policies of those bytes with how many times their error is larger, the well-known ones first.
@@ -78,7 +78,7 @@ def made_recipes(run: Run) -> dict[str, QualityRecord]:
 
 
 def policy_spec(run: Run, policy: str) -> PolicySpec | None:
-    """What a policy of the run stores; None where the run does not say."""
+    """What a policy of the run stores; None where the run lacks it."""
     return run.policies.get(policy) or run.value(QualityRecord, "spec", policy=policy)
 
 
@@ -167,7 +167,7 @@ def _same(one: PolicySpec | None, other: PolicySpec | None) -> bool:
 
 
 def _is_string(policy: str) -> bool:
-    """Whether a policy goes by the string that it was given as."""
+    """Whether a policy's name is the string that it was given as."""
     if policy in NAMED:
         return False
     try:

@@ -163,7 +163,7 @@ def at_equal_bits(found: Sequence[Tensor]) -> tuple[str, list[Offer]]:
 
 
 def by_cost(offers: Sequence[Offer]) -> list[Offer]:
-    """From the dearest for each MB saved to the cheapest; what saves nothing is left out."""
+    """From the costliest for each MB saved to the cheapest; what saves nothing is left out."""
     found = [offer for offer in offers if offer.kl_per_mb is not None]
     return sorted(found, key=lambda offer: -(offer.kl_per_mb or 0.0))
 

@@ -11,9 +11,9 @@ from epic_quant.spec import WeightSpec
 
 @dataclass(frozen=True)
 class Costs:
-    """The dearest and cheapest class and spec, in nats a MB saved, and the dearest class at each width."""
+    """The costliest and cheapest class and spec, in nats a MB saved, and the costliest class at each width."""
 
-    dearest: SensitivityRecord
+    costliest: SensitivityRecord
     cheapest: SensitivityRecord
     by_width: tuple[tuple[str, str], ...]
 

@@ -31,7 +31,7 @@ from epic_quant.report.sections import (
 )
 from epic_quant.report.wording import measuring_command
 from epic_quant.results.comparison import Comparison
-from epic_quant.results.gate import Judgement
+from epic_quant.results.gate import LimitResult
 from epic_quant.results.run import Run
 
 _Findings = Callable[[Run], list[str]]
@@ -39,7 +39,7 @@ _Findings = Callable[[Run], list[str]]
 
 @dataclass(frozen=True)
 class Section:
-    """What some records say: its place in the report begins with `findings`, and `blocks` follow.
+    """The section of some records: `findings` first, then `blocks`.
 
     Both are called only where there are records.
     """
@@ -74,7 +74,7 @@ SECTIONS = (
     Section("Recipes", ("quality",), _QUALITY, recipe.blocks, recipe.findings),
 )
 
-# What stands at the head of the report too: a subject, and what is found of it.
+# The findings that the report also shows at its head: a subject and its findings.
 KEY_FINDINGS: tuple[tuple[str, _Findings], ...] = (
     ("sensitivity", sensitivity.findings),
     ("prices", prices.findings),
@@ -84,16 +84,16 @@ KEY_FINDINGS: tuple[tuple[str, _Findings], ...] = (
 )
 
 
-def comparison(run: Run, compared: Comparison | None = None, judged: Sequence[Judgement] = ()) -> list[Block]:
-    """The whole report of a run, compared with an older one and with its limits judged where these are given."""
+def comparison(run: Run, compared: Comparison | None = None, results: Sequence[LimitResult] = ()) -> list[Block]:
+    """The whole report of a run, with its comparison with an older one and the results of its limits, if given."""
     subjects = {record.subject for record in run.records}
     blocks: list[Block] = [Heading(1, "Compression policies compared"), *provenance.at_the_head(run)]
     blocks += unfinished.blocks(run)
-    if judged:
-        blocks += [Heading(2, "Limits"), *limits.blocks(judged)]
+    if results:
+        blocks += [Heading(2, "Limits"), *limits.blocks(results)]
     if compared:
         blocks += [Heading(2, "Since the baseline"), Findings(tuple(baseline.findings(compared)))]
-    key_findings = [said for subject, findings in KEY_FINDINGS if subject in subjects for said in findings(run)]
+    key_findings = [finding for subject, findings in KEY_FINDINGS if subject in subjects for finding in findings(run)]
     blocks += summary.blocks(run, key_findings)
     for section in SECTIONS:
         blocks.append(Heading(2, section.title))

@@ -1,4 +1,4 @@
-"""What became of every value since an older run, grouped by what moved."""
+"""How every value changed since an older run, grouped by metric."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _COLD: tuple[Column[PLEColdRecord], ...] = (
 _MEMORY: tuple[Column[PLEMemoryRecord], ...] = (
     Column("in memory", lambda one: "full cache", text=True),
     Column("resident rows, MB", lambda one: one.nbytes, megabytes),
-    Column("added to the process, says the system, MB", lambda one: one.anonymous_nbytes, megabytes),
+    Column("added to the process, as the system reports, MB", lambda one: one.anonymous_nbytes, megabytes),
     Column("ratio", lambda one: times(one.anonymous_nbytes, one.nbytes)),
 )
 
@@ -56,7 +56,7 @@ def findings(run: Run) -> list[str]:
     """How the cache compares with a dense table and the original's way, and rows read together with one by one."""
     found = []
     for name in _tables(run):
-        said = [
+        clauses = [
             f"{significant(one.throughput_to_dense)} of `index_select`'s throughput at {one.batch}"
             for one in run.of(PLEHotRecord, table=name, way="cache")
             if one.throughput_to_dense is not None
@@ -65,15 +65,15 @@ def findings(run: Run) -> list[str]:
             ple.layer_lookups(run.of(PLEHotRecord, table=name, way=way)) for way in ("cache", "the original's")
         )
         if (faster := times(cache, original)) != MISSING:
-            said.append(f"{faster} the layer lookups a second of the original's way")
+            clauses.append(f"{faster} the layer lookups a second of the original's way")
         one, many = (
             ple.cold_s(run.one(PLEColdRecord, table=name, way="positioned", threads=1, batch=batch))
             for batch in (1, 64)
         )
         if (faster := times(one, many)) != MISSING:
-            said.append(f"64 rows on disk in one call {faster} as fast as one by one")
-        if said:
-            found.append(f"PLE lookups, {name}: {'; '.join(said)}.")
+            clauses.append(f"64 rows on disk in one call {faster} as fast as one by one")
+        if clauses:
+            found.append(f"PLE lookups, {name}: {'; '.join(clauses)}.")
     return found
 
 

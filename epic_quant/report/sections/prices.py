@@ -75,7 +75,7 @@ def blocks(run: Run) -> list[Block]:
     if ranked:
         most = min(_MOST_OFFERS, len(ranked))
         found += [
-            Heading(3, f"The {most} dearest tensors for each MB saved from bf16"),
+            Heading(3, f"The {most} costliest tensors for each MB saved from bf16"),
             table(_OFFERS, ranked[:most]),
             Heading(3, f"The {most} cheapest tensors for each MB saved from bf16"),
             table(_OFFERS, ranked[::-1][:most]),
@@ -93,13 +93,13 @@ def blocks(run: Run) -> list[Block]:
 
 
 def findings(run: Run) -> list[str]:
-    """The dearest and the cheapest tensor, what a spec for each tensor saves, and how far predictions are off."""
+    """The costliest and the cheapest tensor, what a spec for each tensor saves, and how far predictions are off."""
     record = prices.priced(run)
     usual, offers = prices.at_equal_bits(prices.tensors(record))
     found = []
     if ranked := prices.by_cost(offers):
         found.append(
-            f"At {code(usual)}, the dearest tensor for each MB saved is {_cost(ranked[0])}, the cheapest "
+            f"At {code(usual)}, the costliest tensor for each MB saved is {_cost(ranked[0])}, the cheapest "
             f"{_cost(ranked[-1])}."
         )
     compared = [(one, less) for one in prices.budgets(record) if (less := one.times_less("tensor")) is not None]
@@ -133,7 +133,7 @@ def _heat_map(usual: str, offers: Sequence[Offer]) -> list[Block]:
         squares.append(Square(row, tensor.layer, one.price.kl_divergence, tip))
     plot = LayerMap(
         f"What every tensor costs when it alone is stored as {usual}",
-        "predicted KL divergence, nats a token (logarithmic): the darker, the dearer",
+        "predicted KL divergence, nats a token (logarithmic): darker is costlier",
         squares,
         full,
         "full attention, all others sliding attention",
@@ -206,17 +206,17 @@ def _alone(one: Beside) -> str:
 def _range_found(pairs: Sequence[Beside]) -> str:
     ratios = [one.ratio for one in pairs]
     rank = prices.correlation(pairs)
-    said = f"; Spearman's rank correlation {significant(rank)}" if rank is not None else ""
+    correlation = f"; Spearman's rank correlation {significant(rank)}" if rank is not None else ""
     return (
         f"Predicted / measured KL divergence of {len(pairs)} classes and specs: {significant(min(ratios))} to "
         f"{significant(max(ratios))}, median {significant(statistics.median(ratios))}, "
-        f"{sum(one.in_range for one in pairs)} of them from {LEAST:g} to {MOST:g}{said}."
+        f"{sum(one.in_range for one in pairs)} of them from {LEAST:g} to {MOST:g}{correlation}."
     )
 
 
 def _out_of_range(pairs: Sequence[Beside]) -> str:
     """Where predictions fail: too low, as the quadratic form does for large errors, and too high."""
-    said = []
+    sentences = []
     for word, found in (
         ("underestimated", [one for one in pairs if one.ratio < LEAST]),
         ("overestimated", [one for one in pairs if one.ratio > MOST]),
@@ -234,8 +234,8 @@ def _out_of_range(pairs: Sequence[Beside]) -> str:
                     f" All have larger divergence than any within range ({significant(max(inside))} at most), where "
                     "a quadratic form falls short."
                 )
-            said.append(text)
-    return " ".join([*said, "These predictions are not corrected."]) if said else "All are within range."
+            sentences.append(text)
+    return " ".join([*sentences, "These predictions are not corrected."]) if sentences else "All are within range."
 
 
 def _scatter(pairs: Sequence[Beside]) -> list[Block]:

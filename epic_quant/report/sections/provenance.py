@@ -24,7 +24,7 @@ def at_the_head(run: Run) -> list[Block]:
     name = code(checkpoint["source"])
     statement = f"The weights are those of {name}." if checkpoint["kind"] == "user" else _SMALL_MODEL
     versions = facts.get("versions") or {}
-    said = [
+    parts = [
         f"checkpoint {name}",
         _labelled("", _with_unit(megabytes(checkpoint.get("nbytes")), "MB")),
         _labelled("fingerprint ", _text(checkpoint.get("fingerprint"))),
@@ -35,7 +35,7 @@ def at_the_head(run: Run) -> list[Block]:
         _labelled("commit ", _text(facts.get("commit"))),
         _labelled("on ", _text(facts.get("measured"))),
     ]
-    return [Paragraph(statement), Paragraph(f"Measured: {', '.join(part for part in said if part)}.")]
+    return [Paragraph(statement), Paragraph(f"Measured: {', '.join(part for part in parts if part)}.")]
 
 
 def blocks(run: Run) -> list[Block]:

@@ -75,30 +75,30 @@ def findings(run: Run) -> list[str]:
     for one in others:
         if not is_recipe(run, one.record.policy):
             continue
-        said = []
+        clauses = []
         if one.ratio is not None and one.ratio > 0:
-            said.append(
+            clauses.append(
                 f"measured {significant(one.record.kl_divergence)} nats a token, predicted "
                 f"{significant(one.predicted)}, {'within' if one.is_near else 'not within'} a factor of "
                 f"{significant(FACTOR, 1)}"
             )
         if one.rivals and one.better is not None:
             no_worse = f"no worse than any of the {len(one.rivals)} named policies of as many bytes or fewer"
-            said.append(f"worse than {_list(one.better, called)}" if one.better else no_worse)
-        if said:
-            found.append(f"{_full_name(run, one, called)}: {'; '.join(said)}.")
+            clauses.append(f"worse than {_list(one.better, called)}" if one.better else no_worse)
+        if clauses:
+            found.append(f"{_full_name(run, one, called)}: {'; '.join(clauses)}.")
     return found
 
 
 def _group(group: Group, called: Mapping[str, str]) -> str:
-    said = []
+    clauses = []
     if group.num_compared:
-        said.append(
+        clauses.append(
             f"{group.num_no_worse} of {group.num_compared} are no worse than any named policy of as many bytes or "
             "fewer, within one standard error"
         )
     if group.ratios:
-        said.append(
+        clauses.append(
             f"measured / predicted is {significant(min(group.ratios))} to {significant(max(group.ratios))}, for "
             f"{group.num_near} of {len(group.ratios)} within a factor of {significant(FACTOR, 1)}"
         )
@@ -107,8 +107,8 @@ def _group(group: Group, called: Mapping[str, str]) -> str:
             f"from {significant(theirs)} to {significant(ours)} at the bytes of {code(called[at])}"
             for at, theirs, ours in group.originals
         )
-        said.append(f"KL divergence falls {', '.join(falls)}")
-    return f"Recipes at the bytes of named policies, K and V {group.kv}: {'; '.join(said)}." if said else ""
+        clauses.append(f"KL divergence falls {', '.join(falls)}")
+    return f"Recipes at the bytes of named policies, K and V {group.kv}: {'; '.join(clauses)}." if clauses else ""
 
 
 def _full_name(run: Run, one: Prediction, called: Mapping[str, str]) -> str:

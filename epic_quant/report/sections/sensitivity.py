@@ -1,4 +1,4 @@
-"""Which tensors it is: the divergence that one class alone causes at each width, with all else in bf16."""
+"""Which tensors cost most: the divergence that one class alone causes at each width, with all else in bf16."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def findings(run: Run) -> list[str]:
     by_width = ", ".join(f"{code(name)} {tensor_class}" for name, tensor_class in found.by_width)
     at_each = f"; at each width: {by_width}" if by_width else ""
     return [
-        f"Largest KL divergence for each MB saved: {_cost(found.dearest)}{at_each}. Smallest: {_cost(found.cheapest)}."
+        f"Largest KL divergence for each MB saved: {_cost(found.costliest)}{at_each}. "
+        f"Smallest: {_cost(found.cheapest)}."
     ]
 
 

@@ -1,4 +1,4 @@
-"""Which policy to choose for how many MB, and why; then the findings that a choice rests on."""
+"""Which policy to choose for how many MB, and why; then the findings behind the choice."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from epic_quant.report.formatting import megabytes, ratio, scaled, significant, 
 from epic_quant.report.wording import context_tokens, front_steps, measuring_command, sized
 from epic_quant.results.run import Run
 
-# Of the policies that a choice is better than, so many are named.
+# Of the policies that a choice is better than, this many are named.
 _MOST_NAMED = 2
 
-# Nats a token that a smallest policy is named for: from plainly worse to hardly to be seen.
+# Divergences, in nats a token, for which the smallest policy is named: from clearly worse to barely measurable.
 _THRESHOLDS = (0.1, 0.03, 0.01, 0.001)
 
 
 def blocks(run: Run, key_findings: Sequence[str]) -> list[Block]:
-    """The choice as a table and a plot, then the findings; what there are no records for is left out."""
+    """The choice as a table and a plot, then the findings; parts without records are left out."""
     found: list[Block] = [Heading(2, "Which policy for how many MB")]
     called, by_divergence = policies.names(run), policies.by_divergence(run)
     if rated := by_divergence or policies.by_block_error(run):
@@ -69,7 +69,7 @@ def _choice(
     return [
         Paragraph(
             f"Find the resident MB that you have: of {num_rated} policies measured, the row names the one with the "
-            "least error that fits. Of policies that one standard error does not tell apart, it names the smallest."
+            "least error that fits. Of policies that one standard error does not separate, it names the smallest."
         ),
         table(columns, choices),
         Paragraph(
@@ -89,7 +89,7 @@ def _error(one: Choice) -> str:
 
 
 def _why(one: Choice, called: Mapping[str, str]) -> str:
-    """What choosing this one gains over the next smaller, and what it is chosen instead of."""
+    """What this choice gains over the next smaller one, and which policies it beats."""
     if one.more_nbytes is None:
         reasons = ["the smallest that was measured"]
     else:
@@ -121,8 +121,8 @@ def _recipes(run: Run, choices: Sequence[Choice], called: Mapping[str, str]) -> 
 def _smallest(rated: Sequence[Rated], called: Mapping[str, str]) -> list[str]:
     """The smallest policy within each of some divergences."""
     found = [(most, one) for most in _THRESHOLDS if (one := policies.smallest_within(rated, most))]
-    said = (f"{most:g}: {sized(one, called)}" for most, one in found)
-    return [f"Smallest policy within a KL divergence, in nats a token, of {', of '.join(said)}."] if found else []
+    sizes = (f"{most:g}: {sized(one, called)}" for most, one in found)
+    return [f"Smallest policy within a KL divergence, in nats a token, of {', of '.join(sizes)}."] if found else []
 
 
 def _figure(run: Run, rated: Sequence[Rated], called: Mapping[str, str]) -> list[Block]:
