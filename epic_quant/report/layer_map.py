@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from epic_quant.report import blocks
 from epic_quant.report.palette import LIGHT
-from epic_quant.report.plots import drawable, padded, svg_text
+from epic_quant.report.plots import drawable, extremes, padded, svg_text
 from epic_quant.report.svg import TIP
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class LayerMap:
     legend: str
     squares: Sequence[Square]
     marked: Collection[int]
-    mark: str  # what a triangle says of a layer
+    mark: str  # what a triangle means
 
 
 def layer_map(file_name: str, what: str, plot: LayerMap) -> list[blocks.Block]:
@@ -47,7 +47,7 @@ def layer_map(file_name: str, what: str, plot: LayerMap) -> list[blocks.Block]:
     shown = [square for square in plot.squares if drawable(square.value)]
     if not shown:
         return []
-    low, high = (choose(shown, key=lambda square: square.value) for choose in (min, max))
+    low, high = extremes(shown, lambda square: square.value)
     alt = (
         f"{what} as a heat map (logarithmic colours), a column for each layer, a row for each kind of tensor, and a "
         f"column of the tensors that belong to no layer; from {low.tip} to {high.tip}; blank where there is no such "
@@ -116,7 +116,7 @@ def draw_layer_map(plot: LayerMap) -> Figure:
 def _draw(
     axes: Axes, places: Sequence[tuple[int, int, Square]], width: int, height: int, norm: LogNorm, colours: Colormap
 ) -> None:
-    """Squares at their column and row, each with what it tells where it is pointed at."""
+    """Squares at their column and row, each with its tooltip."""
     mesh = [[math.nan] * width for _ in range(height)]
     for x, y, square in places:
         mesh[y][x] = square.value

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 from epic_quant.errors import ReportError
 from epic_quant.report import blocks
@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_T = TypeVar("_T")
+
 
 @dataclass(frozen=True)
 class Point:
     """A pair of coordinates, the panel that it is drawn in and the series that it belongs to.
 
-    The name is what it is called where it is pointed at: its own, or that of its series.
+    The name is shown in its tooltip: its own, or that of its series.
     """
 
     panel: str
@@ -137,6 +139,11 @@ def padded(values: Iterable[float]) -> tuple[float, float]:
     return min(values) / 1.6, max(values) * 1.6
 
 
+def extremes(items: Sequence[_T], value: Callable[[_T], float]) -> tuple[_T, _T]:
+    """The items of the least and of the greatest value, the first of equals."""
+    return min(items, key=value), max(items, key=value)
+
+
 def scatter(file_name: str, plot: Scatter, about: str = "") -> list[blocks.Block]:
     """The figure, described in words; nothing where no point is drawable. `about` ends the description."""
     shown = [point for point in plot.points if plot.x.shows(point.x) and plot.y.shows(point.y)]
@@ -158,10 +165,9 @@ def description(plot: Scatter, about: str = "") -> str:
     if drawn:
         parts.append(f"with {', '.join(' '.join(name.split()) for name in drawn)}")
     points = [point for point in plot.points if point.series != plot.bound] or plot.points
-    low, high = (choose(points, key=lambda point: point.y) for choose in (min, max))
     ends = (
         f"{plot.y.tip(point.y)} of {point.name or point.series}{f' in {point.panel}' if point.panel else ''}"
-        for point in (low, high)
+        for point in extremes(points, lambda point: point.y)
     )
     text = f"{', '.join(parts)}; from {' to '.join(ends)}" + (f"; {about}" if about else "")
     return text[0].upper() + text[1:]
@@ -221,7 +227,7 @@ def draw_scatter(plot: Scatter) -> Figure:
 
 
 def _draw_line(axes: Axes, line: Line) -> None:
-    """A line, and the names of its points as far as there is room: all are named where they are pointed at."""
+    """A line, and the names of its points as far as there is room: tooltips name all of them."""
     look = {"color": _GREY, "linestyle": _DASHED} if line.dashed else {"color": _INK}
     axes.plot([x for x, _ in line.points], [y for _, y in line.points], **look, linewidth=1.2, label=line.name)
     taken = -_LABEL_WIDTH
@@ -245,7 +251,7 @@ def heat_map(file_name: str, what: str, rows: str, cells: Sequence[Cell]) -> lis
     """The figure of values of `what` by row, described in words; nothing where there is no cell."""
     if not cells:
         return []
-    low, high = (choose(cells, key=lambda cell: cell.value) for choose in (min, max))
+    low, high = extremes(cells, lambda cell: cell.value)
     alt = (
         f"{what} as a heat map, a row for each {rows}, a panel for each of "
         f"{', '.join(dict.fromkeys(cell.panel for cell in cells))}; from {significant(low.value)} of {low.row} "

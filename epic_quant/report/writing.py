@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from epic_quant.errors import ReportError
+from epic_quant.files import atomic
 from epic_quant.report import html, long_csv, markdown
 from epic_quant.report.blocks import Block, Figure
 from epic_quant.results.run import Run
@@ -32,25 +32,19 @@ def text(run: Run, blocks: Sequence[Block], format_name: str) -> str:
 def write_report(
     run: Run, blocks: Sequence[Block], folder: Path, formats: Sequence[str] = DEFAULT_FORMATS
 ) -> list[Path]:
-    """Write the report's files into a folder, made where it is not there, and say which is the main one of each format.
+    """Write the report's files into a folder, made where it is not there, and return the main one of each format.
 
     Raises ReportError where the folder cannot be written; nothing is left half-written then.
     """
-    # Texts come last, so that they never point to a plot that is not there.
-    files = {block.file_name: block.svg for block in blocks if isinstance(block, Figure)} if "md" in formats else {}
-    files |= {FILE_NAMES[name]: _TEXTS[name](run, blocks) for name in formats}
-    _write_files(folder, files)
-    return [folder / FILE_NAMES[name] for name in formats]
-
-
-def _write_files(folder: Path, files: Mapping[str, str]) -> None:
-    """Write every text beside its place, then rename all."""
+    # Renamed from the last to the first, so that a text never points to a plot that is not there.
+    files = {FILE_NAMES[name]: _TEXTS[name](run, blocks) for name in formats}
+    files |= {block.file_name: block.svg for block in blocks if isinstance(block, Figure)} if "md" in formats else {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".report-", dir=folder) as beside:
+        with ExitStack() as renamed_at_the_end:
             for name, content in files.items():
-                Path(beside, name).write_text(content, encoding="utf-8", newline="\n")
-            for name in files:
-                os.replace(Path(beside, name), folder / name)
+                unfinished = renamed_at_the_end.enter_context(atomic(folder / name))
+                unfinished.write_text(content, encoding="utf-8", newline="\n")
     except OSError as error:
         raise ReportError(f"{folder}: cannot be written: {error.strerror}") from error
+    return [folder / FILE_NAMES[name] for name in formats]
