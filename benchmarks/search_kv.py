@@ -41,8 +41,8 @@ MAX_OVERHEAD = 1.1
 
 SYMMETRIC = [*(f"int{bits}" for bits in (2, 3, 4, 5, 6)), *(f"codebook{bits}" for bits in (2, 3, 4))]
 AFFINE = [f"affine{bits}" for bits in (2, 3, 4, 5)]
-# What is stored along how many directions, and of all others. These keep two bits and more, and the directions are few:
-# how much of a larger model's K and V lies along them is not known from heads of 128 dims made of 256.
+# Formats along the principal directions, their number, and formats of the rest. The rest keeps 2 bits and more, and the
+# directions are few: heads of 128 dims made of 256 do not show how much of a larger model's K and V lies along them.
 DIRECTIONS = (8, 12, 16)
 ALONG = {"codebook2": ("codebook4", "int5"), "codebook3": ("int5", "int6"), "codebook4": ("int6", "int8")}
 PCA = [
@@ -85,7 +85,7 @@ KEPT = {
 
 @dataclass(frozen=True)
 class Trial:
-    """What was stored how, on one layer type, and what came of it."""
+    """How K and V of one layer type were stored, and the resulting error and bits."""
 
     parts: Mapping[str, KVStorageSpec]  # by place, such as `k.rotated`
     kept: str

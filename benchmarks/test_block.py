@@ -1,4 +1,4 @@
-"""What each policy does to a decoder block's output on real hidden states, and how fast the block runs."""
+"""The error of a decoder block's output under each policy on real hidden states, and the block's speed."""
 
 from dataclasses import dataclass, replace
 
@@ -18,7 +18,7 @@ from epic_quant.records.subjects import BlockRecord
 pytestmark = pytest.mark.benchmark(max_time=0.3)
 
 WINDOW_TOKENS = 512
-# The tokens measured begin here: past BOS, whose hidden state is like no other's.
+# The tokens measured begin here: after BOS, whose hidden state is an outlier.
 FIRST_TOKEN = 128
 TOKENS = (1, 16, 256)
 

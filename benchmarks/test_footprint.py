@@ -15,7 +15,7 @@ PUBLISHED = json.loads((FACTS / "published-numbers.json").read_text(encoding="ut
     "policies"
 ]
 
-# What the original called the policies that it measured; the packed 3-bit one is what it claimed and did not store.
+# The original's names of its policies; the packed 3-bit one was claimed, not stored.
 PUBLISHED_NAMES = {
     "original-1.58": "1.58-bit (brief)",
     "original-3": "3-bit",

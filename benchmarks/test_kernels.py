@@ -29,7 +29,7 @@ LAYER_TENSORS = [tensor for tensor in expected_tensors(E4B) if tensor.layer == S
 SHAPES = {tensor.local_name.removesuffix(".weight"): tensor.shape for tensor in LAYER_TENSORS if len(tensor.shape) == 2}
 # Larger than the last cache of the machines at hand.
 ROTATED_NBYTES = 96e6
-# Rows that are quantized; a weight repeats them, since their values have no say in the time.
+# Rows that are quantized; a weight repeats them, since their values do not change the time.
 DISTINCT_ROWS = 256
 GROUP = 128
 

@@ -123,7 +123,7 @@ def test_hits(trace_name, residency, trace_of, record, benchmark):
             row_nbytes=row_nbytes,
             tokens=len(measured),
             distinct=len(np.unique(measured)),
-            # What a cache can hit at the most that has to meet a token before it can hold its row.
+            # The most that a cache can hit that must see a token before it holds its row.
             met_before=simulation.lru(trace, [table_rows], len(trace) // 2)[0] / len(measured),
             original_rows=traces.ORIGINAL_HOT_ROWS,
         )

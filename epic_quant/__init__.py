@@ -1,4 +1,4 @@
-"""Measure how to compress a Gemma 4 checkpoint: what its weights cost, and what each policy does to them.
+"""Measure how to compress a Gemma 4 checkpoint: the bytes, errors and speed of every policy.
 
 Names are loaded when first used (PEP 562), so that a report or `--help` never imports torch.
 """

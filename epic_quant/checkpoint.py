@@ -64,7 +64,7 @@ class TensorLocation:
 class Checkpoint:
     """The tensors of one checkpoint by name, mapped and not loaded: a page is read when a value in it is.
 
-    A context manager; what comes from the headers alone (`names`, `shape`, `location` …) may still be asked for once
+    A context manager; what comes from the headers alone (`names`, `shape`, `location` …) stays available once
     it is closed. The files must not change while it is open.
     """
 
@@ -101,7 +101,7 @@ class Checkpoint:
 
         A hub id is looked up in the local Hugging Face cache; with `download=True` what is missing there is fetched
         through the extra `hub`. `config` and `tokenizer` replace the config.json and tokenizer.json beside the weights.
-        Raises CheckpointError for whatever is not there or damaged.
+        Raises CheckpointError for missing or damaged files.
         """
         text = source if isinstance(source, str) else source.as_posix()
         place = Path(source)
@@ -134,7 +134,7 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         """The tensor in the file's shape and dtype: a view of the mapped file, no copy.
 
-        It is to be read only: a write never reaches the file, but shows in other views of it or ends the process.
+        Do not write to it: a write never reaches the file, but shows in other views of it or ends the process.
         """
         location = self.location(name)
         self._check_open()
@@ -159,7 +159,7 @@ class Checkpoint:
         return table.index_select(0, ids)
 
     def location(self, name: str) -> TensorLocation:
-        """Where the tensor lies, for positioned reads; raises CheckpointError naming the near ones if there is none."""
+        """Where the tensor lies, for positioned reads; raises CheckpointError with similar names if there is none."""
         if name not in self._locations:
             raise CheckpointError(f"{self.source}: {unknown('tensor', name, self.names)}")
         return self._locations[name]
@@ -178,7 +178,7 @@ class Checkpoint:
 
     @property
     def config_json(self) -> dict[str, Any]:
-        """The config as it stands in its file; raises ConfigError when there is none or it is no JSON object."""
+        """The config.json as parsed; raises ConfigError when there is none or it is no JSON object."""
         if self._config_path is None:
             raise ConfigError(f"{self.source}: no config.json beside the weights; name one with config=")
         try:

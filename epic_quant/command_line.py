@@ -1,4 +1,4 @@
-"""What all command lines share: one line and status 2 for bad input, a reader that stops early, `--version`."""
+"""What all command lines share: one line and status 2 for bad input, closed pipes, `--version`."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def leave(main: Callable[[], int]) -> NoReturn:
         status = main()
         sys.stdout.flush()
     except BrokenPipeError:
-        # Python would flush what is left once more when it exits, and complain.
+        # Python would flush the rest again at exit, and print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = BROKEN_PIPE
     except KeyboardInterrupt:

@@ -37,7 +37,7 @@ def sampled_shape(tensor: TextTensor, sampled_rows: int | None) -> tuple[int, in
 def plan(
     checkpoint: Checkpoint, config: TextConfig, policies: Iterable[PolicySpec], sampled_rows: int | None
 ) -> list[str]:
-    """Lines for people: weights to quantize for each scheme and how long that takes, RAM, disk."""
+    """Lines for people: the weights to quantize under each scheme, and the time, RAM and disk that this takes."""
     matrices = [tensor for tensor in expected_tensors(config) if tensor.tensor_class is not None and not tensor.unused]
     stored = {(spec_of(policy, tensor), tensor) for policy in policies for tensor in matrices}
     quantized = {(spec, tensor) for spec, tensor in stored if spec is not None and spec != BF16}

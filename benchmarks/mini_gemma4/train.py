@@ -111,7 +111,7 @@ def extension_docstrings() -> str:
 
 
 def _piece(files: list[str]) -> str:
-    """An equal share from the beginning of each file, cut at line ends, so that every module speaks."""
+    """An equal share from the beginning of each file, cut at line ends, so that every module is represented."""
     share = HELD_OUT_NBYTES // len(files)
     piece = ""
     for text in files:

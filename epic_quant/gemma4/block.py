@@ -17,7 +17,7 @@ from epic_quant.gemma4.kv_store import ForwardKV
 from epic_quant.gemma4.rope import RopeTable, rotate
 from epic_quant.quant import Weight, linear
 
-# Queries that attend together at most; fewer where the window is shorter. More would compute more masked scores, fewer
+# Most queries that attend together; fewer where the window is shorter. More would compute more masked scores, fewer
 # make products too small to be fast.
 _BLOCK_QUERIES = 128
 _KEYS = 64
@@ -83,7 +83,7 @@ def rms_norm(x: Tensor, weight: Weight | None, eps: float) -> Tensor:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer's weights by name, with what is done to them."""
+    """A layer's weights by name, and the steps that use them."""
 
     weights: Mapping[str, Weight]
     eps: float
@@ -121,7 +121,7 @@ def _attention(x: Tensor, layer: _Layer, spec: LayerSpec, rope: RopeTable, mask:
 def _attention_output(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """softmax(q Kᵀ) V: q [B, num_heads, S, D], k and v [B, num_kv_heads, K, D] -> [B, S, num_heads * D]."""
     batch, num_heads, tokens, head_dim = q.shape
-    # Query heads that read one KV head stand together, so a group is one longer matrix and K need not be repeated.
+    # Query heads that share a KV head are adjacent, so a group is one longer matrix and K is not repeated.
     q = q.reshape(batch, k.shape[1], -1, head_dim)  # [B, num_kv_heads, group * S, D]
     scores = (q @ k.mT).view(batch, num_heads, tokens, -1)  # [B, num_heads, S, K]; the scale is 1
     scores = scores.masked_fill_(mask, -torch.inf)

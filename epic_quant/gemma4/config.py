@@ -14,7 +14,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 @dataclass(frozen=True)
 class Rope:
-    """The frequencies by which a head's dims are rotated with position."""
+    """RoPE: the frequencies that rotate a head's dims with position."""
 
     theta: float
     rotated_pairs: int  # of the head's head_dim / 2 frequency pairs, the first so many rotate with position
@@ -41,13 +41,13 @@ class DenseMLP:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One decoder layer: what its parts are, and whose K and V it attends to."""
+    """One decoder layer: its attention and MLP, and the source of its K and V."""
 
     index: int
     layer_type: str  # "sliding_attention" or "full_attention"
     attention: GroupedQueryAttention
     mlp: DenseMLP
-    kv_source: int  # the layer whose K and V this one reads; its own index where it computes them
+    kv_source: int  # the layer whose K and V it reads; its own index if it computes them
 
     @property
     def is_kv_source(self) -> bool:
@@ -57,7 +57,7 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """What the text model's math needs to know of a config."""
+    """The part of a config that the text model's math needs."""
 
     vocab_size: int
     hidden_size: int
@@ -87,7 +87,7 @@ class TextConfig:
     def from_json(cls, config: Mapping[str, Any]) -> TextConfig:
         """Read a `config.json`, of the multimodal or the text-only class, in its published or its current form.
 
-        Raises ConfigError, one line, where it is not Gemma 4, lacks a field, or asks for what is not computed here.
+        Raises ConfigError, one line, where it is not Gemma 4, lacks a field, or needs an unsupported feature.
         """
         text = _Fields(_text_part(config))
         _reject_unsupported(config, text)
@@ -167,7 +167,7 @@ def _text_part(config: Mapping[str, Any]) -> Any:
 
 
 def _reject_unsupported(config: Mapping[str, Any], text: _Fields) -> None:
-    """Raise ConfigError where the model computes something that is not computed here."""
+    """Raise ConfigError where the model has an unsupported feature."""
     if text["enable_moe_block"]:
         raise ConfigError("enable_moe_block is true: Gemma 4's mixture-of-experts models are not supported")
     if text["attention_k_eq_v"]:
@@ -252,7 +252,7 @@ def _kv_source(index: int, layer_types: list[str], num_kv_sources: int) -> int:
 
 
 def _overrides(text: _Fields, layer_types: list[str]) -> Mapping[int, Mapping[str, int]]:
-    """What single layers have otherwise than the config at large, by layer.
+    """Overrides of the config for single layers, by layer.
 
     The current form writes `per_layer_config`, keyed by layer ("05" or 5), and leaves out what is not otherwise. The
     published form gives `global_head_dim` for all full layers; its `num_global_key_value_heads` takes effect only

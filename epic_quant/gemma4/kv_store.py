@@ -14,7 +14,7 @@ class KVStore(Protocol):
     """A cache of the K and V of a batch of sequences. Only KV source layers are ever asked for."""
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in k and v [batch, num_kv_heads, tokens, head_dim], after norm and RoPE; give back what they attend to.
+        """Store k and v [batch, num_kv_heads, tokens, head_dim], after norm and RoPE; give back what they attend to.
 
         That is [batch, num_kv_heads, keys, head_dim] twice, oldest first, the last key being the newest token's: on
         full layers every token so far, on sliding ones at least all that any of these tokens sees. A later call may

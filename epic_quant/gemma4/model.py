@@ -45,7 +45,7 @@ class TextModel:
         """Logits [B, S, vocab] of token ids [B, S] of any integer dtype.
 
         With a cache, of B sequences, the tokens come after the `start` tokens that it already has; it takes them in.
-        Raises TokenError on ids that the model has not, and where `start` is not what the cache has.
+        Raises TokenError on ids out of range, and where `start` is not the number of tokens in the cache.
         """
         hidden, forward = begin(self.weights, token_ids, self.dtype, cache, start)
         for spec in self.config.layers:
@@ -66,7 +66,7 @@ class TextModel:
 
 @dataclass(frozen=True)
 class Forward:
-    """What the layers of one forward have in common."""
+    """State shared by the layers of one forward."""
 
     config: TextConfig
     per_layer_inputs: Tensor | None  # [B, S, L, ple_dim]

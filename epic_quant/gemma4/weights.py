@@ -14,17 +14,17 @@ from epic_quant.quant import Weight
 
 
 class Weights(ABC):
-    """The text model's weights, handed out as they are asked for: the only way to them, however they are stored."""
+    """The text model's weights, read on request, however they are stored."""
 
     @property
     @abstractmethod
     def config(self) -> TextConfig:
-        """The config that they fit."""
+        """Their config."""
 
     @property
     @abstractmethod
     def tensors(self) -> Mapping[str, TextTensor]:
-        """The text tensors that there are, by canonical name, unused ones included."""
+        """The text tensors by canonical name, unused ones included."""
 
     @abstractmethod
     def get(self, name: str) -> Weight:

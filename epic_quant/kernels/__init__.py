@@ -1,4 +1,4 @@
-"""The hot loops over raw buffers, in C++, each beside a plain torch reference elsewhere that says what it computes.
+"""The hot loops over raw buffers, in C++, each with a plain torch reference elsewhere that defines its result.
 
 `matrix` has what is done with a stored matrix. The native module is built when the package is installed, where there is
 a compiler. `EPIC_QUANT_ISA` forces an instruction set, or `reference`, which is torch alone.
@@ -57,7 +57,7 @@ def is_native() -> bool:
 
 
 def description() -> str:
-    """One line for people: what computes, and what else could."""
+    """One line for people: the instruction set in use, and those available."""
     if _NATIVE is None:
         return "torch reference (the native module is not built; a C++17 compiler and a new install build it)"
     threads = {"openmp": "torch's threads", "own": "threads of its own"}[_NATIVE.threads_of()]

@@ -23,7 +23,7 @@ _ROUNDINGS = {"nearest": 0, "sign": 1, "table": 2}
 
 @dataclass(frozen=True)
 class Format:
-    """What codes mean, and how quantizing chooses them and their scales.
+    """The meaning of codes, and how quantizing chooses them and their scales.
 
     `coding` says how codes lie in a row's bytes: "bits1" to "bits8", the lowest bit first, across byte borders, or
     "trits", five base-3 digits a byte, the first as the lowest. Codes from 0 on stand for `levels`, ascending whole
@@ -195,7 +195,7 @@ def rotate(x: Tensor, rotation: Rotation, *, inverse: bool = False, isa: str | N
 def _in_memory(x: Tensor) -> Tensor:
     """Itself, or a copy that is contiguous and aligned. Raises KernelError where it is not in this process' memory."""
     if x.device.type != "cpu":
-        raise KernelError(f"a tensor on {x.device} is nothing that a kernel can read, expected one on cpu")
+        raise KernelError(f"a tensor on {x.device} cannot be read by a kernel, expected one on cpu")
     x = x.contiguous()
     return x.clone() if x.data_ptr() % x.itemsize else x
 

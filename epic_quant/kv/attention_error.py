@@ -25,11 +25,11 @@ _STEP_TOKENS = 101
 
 @dataclass(frozen=True)
 class CapturedActivations:
-    """What attention works with on T tokens of a text: fp32, after norm and RoPE."""
+    """The inputs of attention on T tokens of a text: fp32, after norm and RoPE."""
 
     config: TextConfig
     queries: Mapping[int, Tensor]  # of every layer: [num_heads, T, head_dim]
-    keys: Mapping[int, Tensor]  # of the layers that own them: [num_kv_heads, T, head_dim]
+    keys: Mapping[int, Tensor]  # of the KV source layers: [num_kv_heads, T, head_dim]
     values: Mapping[int, Tensor]
     hidden: Tensor  # after the last layer, which `gemma4.model.head` takes: [1, T, hidden_size]
 

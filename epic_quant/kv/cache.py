@@ -104,7 +104,7 @@ class KVCache:
         return self._stores[self._layer(layer).kv_source].tokens
 
     def reset(self) -> None:
-        """Forget the sequences. What is allocated stays, for the next ones."""
+        """Drop all sequences; allocated memory is kept for the next ones."""
         for store in self._stores.values():
             store.reset()
 

@@ -56,7 +56,7 @@ class LayerStore:
         return self._read(self._v)
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Drop all tokens."""
         self.tokens = 0
         for segment in self._segments:
             segment.reset()

@@ -62,12 +62,12 @@ class QuantizedStore:
         return sum(rows.row_nbytes for transform in self._chain for rows in transform.stored())
 
     def rows(self) -> list[Rows]:
-        """All that is stored."""
+        """Bytes of everything stored."""
         fitted = [rows for transform in self._chain for rows in transform.stored()]
         return [*(rows for part in self._coordinates for rows in part.rows), *fitted]
 
     def reset(self) -> None:
-        """Forget everything; what was allocated stays."""
+        """Drop everything; allocated memory is kept."""
         self._is_fitted = False
         for rows in self.rows():
             rows.drop(len(rows))
@@ -77,7 +77,7 @@ class QuantizedStore:
 
         Those that a ring would drop at once are not stored.
         """
-        # Beyond that scales saturate anyway, and the sums of a mean or a rotation must not overflow.
+        # Beyond these limits scales saturate anyway, and the sums of a mean or a rotation must not overflow.
         values = x.float().clamp(-MAX_ROTATED, MAX_ROTATED)
         if not self._is_fitted:
             begin = values[: self.least * self.unit - self.padding]

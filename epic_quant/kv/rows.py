@@ -60,7 +60,7 @@ class Rows:
         self._len += len(rows)
 
     def drop(self, count: int) -> None:
-        """Forget the `count` oldest."""
+        """Drop the `count` oldest."""
         self._oldest = (self._oldest + count) % max(1, len(self._buffer))
         self._len -= count
 

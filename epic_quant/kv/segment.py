@@ -92,7 +92,7 @@ class Segment:
         return x if self._window is None else x[-self._window :]
 
     def reset(self) -> None:
-        """Forget all tokens; what was allocated stays for the next ones."""
+        """Drop all tokens; allocated memory is kept for the next ones."""
         self._tokens = 0
         for rows in (self._sinks, self._residual):
             rows.drop(len(rows))

@@ -21,7 +21,7 @@ class Transform(ABC):
     """One step of the chain."""
 
     def fit(self, x: Tensor) -> Tensor:
-        """Learn what is fixed from then on from the first tokens [tokens, heads, dims], and apply it to them."""
+        """Fit the transform to the first tokens [tokens, heads, dims], and apply it to them."""
         return self.apply(x)
 
     @abstractmethod
@@ -33,7 +33,7 @@ class Transform(ABC):
         """The inverse of `apply`, as far as there is one; `x` may be overwritten."""
 
     def stored(self) -> list[Rows]:
-        """What it stores of what it has fitted, a row each once that is done."""
+        """The tensors that it stores once fitted, one row each."""
         return []
 
 

@@ -24,7 +24,7 @@ READS = ("positioned", "mapped")
 
 @dataclass(frozen=True)
 class CacheStats:
-    """What a cache has done. Lookups are of tokens, one after another, whatever batches they came in.
+    """Counts of a cache's lookups. Lookups are of tokens, one after another, whatever batches they came in.
 
     A batch reads a row at most once, so `bytes_read`, in which the rows pinned at the start are included, may be less
     than that of `misses` rows. `resident_nbytes` is of the rows that are hot now.
@@ -38,7 +38,7 @@ class CacheStats:
 
     @property
     def hit_rate(self) -> float:
-        """Hits a lookup; NaN before the first."""
+        """Hits per lookup; NaN before the first."""
         lookups = self.hits + self.misses
         return self.hits / lookups if lookups else float("nan")
 
@@ -84,7 +84,7 @@ class PLERowCache:
             pinned = None if static_ids is None else _distinct(self._checked(static_ids))
             self._residency = Residency.named(residency, table.num_rows, self.capacity_rows, pinned)
             self._hot = torch.empty(self.capacity_rows, self._format.row_nbytes, dtype=torch.uint8)
-            # What is handed out of plain rows, so that a hot lookup is one call of torch.
+            # The result of plain rows, so that a hot lookup is one call of torch.
             is_plain = isinstance(self._format, PlainRows)
             self._hot_plain = self._format.decode(self._hot).view(-1, *self._shape) if is_plain else None
             self._load_pinned()
@@ -111,7 +111,7 @@ class PLERowCache:
 
     @property
     def stats(self) -> CacheStats:
-        """What happened up to now."""
+        """The counts so far."""
         with self._lock:
             resident = self._residency.num_rows * self._format.row_nbytes
             return CacheStats(self._hits, self._misses, self._evictions, resident, self._reader.bytes_read)
@@ -147,7 +147,7 @@ class PLERowCache:
         rows[hot] = hot_rows.numpy()
         rows[~hot] = self._read(cold).numpy()[place]
         with self._lock:
-            # Other threads may have changed what is hot meanwhile; every row of the batch is at hand, so it is all one.
+            # Other threads may have changed what is hot meanwhile; all rows of the batch are in memory by now.
             outcome = self._residency.look_up(ids)
             self._hits += outcome.hits
             self._misses += len(ids) - outcome.hits

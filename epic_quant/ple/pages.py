@@ -1,4 +1,4 @@
-"""What the system holds in memory: a file's pages, this process's own. Each is None where it is not reported."""
+"""What the system holds in memory: the pages of a file and of this process. Each is None where it is not reported."""
 
 from __future__ import annotations
 

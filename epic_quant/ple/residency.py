@@ -37,7 +37,7 @@ _EPOCH_HALF_LIVES = 256
 
 @dataclass(frozen=True)
 class Outcome:
-    """What looking up some ids did: `placed` has the slot of every row that came in and is still there."""
+    """The result of looking up ids: `placed` has the slot of every row that came in and is still there."""
 
     hits: int
     evictions: int

@@ -1,4 +1,4 @@
-"""What a test takes by name: the run, a policy of it, and the function that records results."""
+"""Fixtures: the run, a policy of it, and the function that records results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "kv_context" in metafunc.fixturenames:
         metafunc.parametrize("kv_context", run_of(metafunc.config).kv_contexts)
     if "ablation_name" in metafunc.fixturenames:
-        # Without a single one pytest would only say that there is none.
+        # With an empty list pytest would only report an empty parameter set.
         metafunc.parametrize("ablation_name", list(run_of(metafunc.config).ablations) or _NO_ABLATIONS)
     if "recipe_at" in metafunc.fixturenames:
         run = run_of(metafunc.config)

@@ -1,4 +1,4 @@
-"""What was planned, recorded and finished, kept as it happens; on the disk too where a JSON is asked for."""
+"""The planned tests, their records and outcomes, kept as they come; also on disk if a JSON is requested."""
 
 from __future__ import annotations
 

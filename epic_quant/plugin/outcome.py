@@ -64,7 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise ReportError where a report could not be written in the end; nothing is made yet."""
+    """Raise ReportError where a report could not be written at the end; nothing is created."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ReportError(f"{folder}: no report can be written there: {there} is no folder that can be written to")
@@ -94,7 +94,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     journal, outcome = journal_of(config), config.stash[_OUTCOME]
     if journal.writer is not None:
         journal.writer.close()
-        # What has no JSON keeps its records.
+        # Without a JSON the records are kept.
         if outcome.saved or not journal.records:
             journal.writer.path.unlink(missing_ok=True)
     options = config.option

@@ -1,4 +1,4 @@
-"""What one session measures: the checkpoint, the policies and the texts, and the facts that its JSON holds of it."""
+"""One session: the checkpoint, the policies and the texts, and the facts that its JSON holds of it."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Run:
             download=self.options.download,
         )
         self.config = TextConfig.read(self.checkpoint)
-        # Everything is held against bf16, so it is always there.
+        # Everything is compared with bf16, so it is always included.
         self.policies, self.left_out = {REFERENCE: NAMED[REFERENCE]}, dict[str, str]()
         for policy in asked or NAMED.values():
             try:
@@ -288,7 +288,7 @@ class Run:
         return check_trace(np.array(ids, dtype=np.int64), rows, str(path))
 
     def check_inputs(self, fixtures: Collection[str]) -> None:
-        """Raise now what the files that were named, and the texts that these fixtures read, would raise later."""
+        """Raise now the errors that the named files, and the texts that these fixtures read, would raise later."""
         named = [self.options.text, self.options.calibration_text]
         for path in named:
             if path is not None:
@@ -325,7 +325,7 @@ class Run:
 
     @property
     def memory_nbytes(self) -> int:
-        """What evaluating may take: `--memory`, or half of what is free."""
+        """RAM for evaluating: `--memory`, or half of what is free."""
         return self.options.memory or default_memory_nbytes()
 
     def resume_file(self, name: str) -> Path | None:

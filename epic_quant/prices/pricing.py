@@ -55,7 +55,7 @@ _TABLES = (TensorClass.PLE_TABLE, TensorClass.EMBEDDING)
 
 @dataclass
 class _Tensor:
-    """What is being added up of one tensor: [candidates, tokens], and the diagonal form of each candidate."""
+    """The sums of one tensor: [candidates, tokens], and the diagonal form of each candidate."""
 
     tensor: TextTensor
     specs: tuple[WeightSpec, ...]

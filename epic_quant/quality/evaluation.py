@@ -25,7 +25,7 @@ from epic_quant.spec import NOISE_FLOOR, PolicySpec
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `measure` found for each variant, and where it went on if an earlier run had been stopped."""
+    """The measures of each variant, and where the run resumed if an earlier one was stopped."""
 
     tokens: Mapping[str, TokenMeasures]
     resumed_after: str | None = None

@@ -1,4 +1,4 @@
-"""What evaluating takes: the RAM of a pass, which bounds the variants that go together, and its multiplications."""
+"""The cost of evaluating: the RAM of a pass, which limits the variants in it, and its multiplications."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run has come to, in a file: written after every whole layer, so that a run that was stopped goes on there."""
+"""The state of a run in a file: written after every layer, so that a stopped run resumes there."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MEASURES = ("log_prob", "reference_log_prob", "kl", "same_top")
 
 @dataclass(frozen=True)
 class Identity:
-    """What a state belongs to. A state of anything else is refused."""
+    """The run that a state belongs to. The state of another run is refused."""
 
     checkpoint: str
     windows: str
@@ -67,7 +67,7 @@ class Identity:
 
 @dataclass
 class Progress:
-    """Where a run is: in which of its passes, after how many layers of it; and what has come out."""
+    """The position of a run, its pass and the layers done, and its results so far."""
 
     batches: Sequence[tuple[str, ...]]
     index: int = 0  # of the pass; as many as there are passes once all is done

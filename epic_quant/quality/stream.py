@@ -122,13 +122,13 @@ class Stream:
         self.states: list[State] = []
 
     def begin(self) -> None:
-        """Come to the states before the first layer."""
+        """Compute the states before the first layer."""
         for key, names in grouped(self._variants, lambda name: start_key(self._variants[name], self.config)).items():
             hidden = self._start(key, names[0])[self._id_of]
             self.states.append(State(tuple(names), hidden, [WindowsKV(self.config) for _ in self._batches]))
 
     def resume(self, states: list[State]) -> None:
-        """Go on from states that an equal stream has come to."""
+        """Continue from the states of an equal stream."""
         for state in states:
             if (key := self._start_key(state)) not in self._ple:
                 self._start(key, state.members[0])

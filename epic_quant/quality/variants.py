@@ -1,4 +1,4 @@
-"""What is evaluated side by side, and up to where two of them are the same."""
+"""The variants evaluated together, and the layers up to which two of them agree."""
 
 from __future__ import annotations
 

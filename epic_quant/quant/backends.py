@@ -1,4 +1,4 @@
-"""What computes with a format on a device: a table of kernels, beside which the torch code of `quant` is the reference.
+"""The kernels of each format and device; the torch code of `quant` is their reference.
 
 A choice is a value: the name of an instruction set or `reference`; None stands for `default()`. It is passed where a
 matrix is made, and the matrix keeps it.
@@ -21,7 +21,7 @@ __all__ = ["ACTIVATIONS", "BACKENDS", "REFERENCE", "KernelMatrix", "Rotation", "
 
 
 def default() -> str:
-    """What computes where nothing else is asked for: the fastest here, or what `EPIC_QUANT_ISA` names.
+    """The default backend: the fastest here, or what `EPIC_QUANT_ISA` names.
 
     Raises KernelError where that is none of what this machine has.
     """

@@ -1,4 +1,4 @@
-"""A matrix product with a weight that is quantized or not: the one place that asks which."""
+"""A matrix product with a plain or stored weight: the one place that distinguishes the two."""
 
 from __future__ import annotations
 

@@ -48,11 +48,11 @@ class StoredMatrix(Protocol):
         ...
 
     def computed_by(self, activations: str = "fp32") -> str:
-        """What multiplies by it, and the form of activations that it takes: `avx2, int8 activations`."""
+        """The backend that multiplies by it, and the form of its activations: `avx2, int8 activations`."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that is stored, by name, a row of the matrix in each row; `quant.from_tensors` reads it back."""
+        """The stored tensors by name, one row of the matrix in each row; `quant.from_tensors` reads them back."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""What a benchmark writes and a report reads: `subjects` has a dataclass for each subject. Without torch."""
+"""Records, which benchmarks write and reports read: `subjects` has a dataclass for each subject. Without torch."""
 
 from epic_quant.records.metrics import METRICS, Metric
 from epic_quant.records.record import JSON_KEY, SCHEMA_VERSION, Record, SubjectRecord

@@ -1,4 +1,4 @@
-"""The subjects that are measured: one dataclass each, which a benchmark fills, and the report and the recipe read."""
+"""The subjects of measurements: one dataclass each, filled by a benchmark and read by the report and the recipe."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from epic_quant.records.record import SubjectRecord, detail, label, metric
 from epic_quant.spec import KV_CACHE, KVSpec, PolicySpec, TensorClass, WeightSpec
 
-# The models that bytes are counted of, and the two ways of counting them.
+# The models whose bytes are counted, and the two ways of counting.
 THIS_CHECKPOINT, E4B = "this checkpoint", "E4B"
 AS_PUBLISHED, RESIDENT = "as published", "resident"
 

@@ -1,4 +1,4 @@
-"""What a report is made of, whatever it is rendered to.
+"""The blocks of a report, independent of its format.
 
 Texts are plain, but for `code` between backticks.
 """

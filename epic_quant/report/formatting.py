@@ -1,4 +1,4 @@
-"""Numbers to text. What is missing is always —, and what is not zero never reads as zero."""
+"""Numbers to text. A missing value is always —, and a nonzero number never reads as zero."""
 
 from __future__ import annotations
 

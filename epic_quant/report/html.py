@@ -1,4 +1,4 @@
-"""Blocks to one page of HTML that needs nothing but itself: style, script and plots are in it."""
+"""Blocks to one self-contained page of HTML: style, script and plots are in it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Group:
 
 
 def render(blocks: Sequence[Block]) -> str:
-    """The whole page. Raises ReportError where Jinja2 is not there."""
+    """The whole page. Raises ReportError without Jinja2."""
     environment = _environment()
     style, script = _style(), _read("page.js")
     return environment.get_template("page.html.j2").render(

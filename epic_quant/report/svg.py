@@ -1,4 +1,4 @@
-"""What becomes of matplotlib's SVG: less of it, with a text for every point, and fit to stand in a page."""
+"""Postprocessing of matplotlib's SVG: smaller, with a text for every point, and fit to be inlined in a page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TIP_RADIUS = "9"
 
 _NUMBER = re.compile(r"-?\d+\.\d+")
 _REFERENCE = re.compile(r"#([^)\"']+)")
-# What XML 1.0 has no place for.
+# Characters that XML 1.0 forbids.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 _COLOURS = {colour: name for name, colour in LIGHT.items()}
 
@@ -107,7 +107,7 @@ def _make_tips(root: ElementTree.Element) -> None:
         for group in [child for child in parent if child.get("id", "").startswith(TIP)]:
             parent.remove(group)
             place = next((element for element in group.iter(f"{{{_SVG}}}use")), None)
-            # A point outside the canvas has none.
+            # A point outside the canvas has no circle.
             if place is not None:
                 where = {"cx": place.attrib["x"], "cy": place.attrib["y"], "r": _TIP_RADIUS}
                 circle = ElementTree.SubElement(

@@ -1,4 +1,4 @@
 """One run of the benchmarks, read from its JSON: its facts, its records, and what single classes predict of a policy.
 
-What the report and the recipe stand on. Standard library only, so that neither imports torch.
+The report and the recipe build on it. Standard library only, so that neither imports torch.
 """

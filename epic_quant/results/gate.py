@@ -22,7 +22,7 @@ _EXAMPLES = "kl_divergence:0.05, rel_l2[class=mlp]:+5%, resident_nbytes[policy=i
 METAVAR = "METRIC[LABEL=VALUE]:LIMIT"
 HELP = f"end with status 1 where a value is on the bad side of its limit (repeatable): {_EXAMPLES}".replace("%", "%%")
 
-# Labels that have a shorter name, and what is no label but selects like one.
+# Short names of labels, and the subject, which selects like a label.
 _ALIASES = {"class": "tensor_class"}
 _SUBJECT = "subject"
 
@@ -135,7 +135,7 @@ def _check(condition: Condition, run: Run, baseline: Run | None, times: bool) ->
             )
         before = measured(baseline)
     things = {**before, **now}
-    # Of one side alone is what is new, or is gone, or has lost the metric.
+    # A value may be on one side only: new, removed, or without the metric.
     selected = dict.fromkeys(key for side in (now, before) for key, one in side.items() if condition.selects(one))
     if not selected:
         raise GateError(f"{condition.text}: {_why_empty(condition, list(things.values()))}")
@@ -157,7 +157,7 @@ def _label(one: Measured, name: str) -> str | None:
 
 
 def _why_empty(condition: Condition, things: Sequence[Measured]) -> str:
-    """What in a condition keeps it from selecting anything."""
+    """Why a condition selects nothing."""
     with_metric = [one for one in things if condition.metric.name in one.metrics]
     if not with_metric:
         names = sorted({name for one in things for name in one.metrics})

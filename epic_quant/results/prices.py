@@ -1,4 +1,4 @@
-"""What every tensor costs under every spec, and what that predicts for any policy: no model, and no torch, is needed.
+"""The price of every tensor under every spec, and the predictions for any policy from them: without model or torch.
 
 For a small error of the weights KL divergence is quadratic, ½ dᵀF d with F the Fisher information. With labels drawn
 from the model's own distribution, the derivative of a token's loss in the direction of an error, s = δᵀ ΔW x with δ the
@@ -54,7 +54,7 @@ class Priced:
         return 2 * self.numel
 
     def index(self, candidate: str) -> int:
-        """Where a candidate stands. Raises SpecError where it was not priced, with the ones that were."""
+        """The index of a candidate. Raises SpecError where it was not priced, with the priced ones."""
         if candidate not in self.candidates:
             raise SpecError(f"{self.name}: no price of {candidate}; priced: {', '.join(self.candidates) or 'nothing'}")
         return self.candidates.index(candidate)
@@ -109,7 +109,7 @@ class Prices:
         return Prediction(divergence, error, alone)
 
     def stored(self, policy: PolicySpec) -> Iterator[tuple[Priced, str]]:
-        """What a policy stores otherwise than in bf16: each tensor, and each layer's K and V, with its candidate."""
+        """The tensors, and the layers' K and V, that a policy does not store in bf16, each with its candidate."""
         for priced in self.tensors:
             assert priced.target is not None
             if (spec := policy.spec_of(priced.target)) != BF16:

@@ -1,4 +1,4 @@
-"""One run of the benchmarks: its facts and its records, and how sections look values up."""
+"""One run of the benchmarks: its facts and records, and lookups of values."""
 
 from __future__ import annotations
 

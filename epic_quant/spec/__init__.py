@@ -1,4 +1,4 @@
-"""What is asked for, as values: how weights, K and V and the PLE table are stored. Standard library only.
+"""Specs as values: how weights, K and V and the PLE table are stored. Standard library only.
 
 Each spec is frozen, hashable and picklable, and has one grammar: `parse` and `str` are inverses. No other package takes
 such a text apart.

@@ -1,4 +1,4 @@
-"""What a policy can give a spec to: classes of tensors, kinds of tensors within a class, and layers of either."""
+"""The targets of specs in a policy: classes of tensors, kinds of tensors within a class, and layers of either."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class TensorClass(StrEnum):
-    """What a policy gives one spec to. Every text tensor of two dims is in exactly one class."""
+    """The classes that a policy gives specs to. Every text tensor of two dims is in exactly one class."""
 
     SLIDING_ATTENTION = "sliding_attention"
     FULL_ATTENTION = "full_attention"

@@ -68,7 +68,7 @@ class WeightSpec:
 
     @property
     def without_group(self) -> WeightSpec:
-        """The same with one scale a row: what specs are compared at whose groups follow from the rows' lengths."""
+        """The same with one scale a row: to compare specs whose groups depend on the rows' lengths."""
         return replace(self, group_size=None)
 
     def group_of(self, num_cols: int) -> int:

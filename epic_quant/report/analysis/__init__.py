@@ -1,1 +1,1 @@
-"""Findings and table data, computed from a run: pure functions, of which `sections` show the results."""
+"""Findings and table data, computed from a run: pure functions whose results `sections` show."""

@@ -20,7 +20,7 @@ def is_as_published(record: FootprintRecord, part: str) -> bool:
 
 
 def published(run: Run) -> list[tuple[FootprintRecord, str, bool]]:
-    """Every published figure: its record, its part, and whether it was met."""
+    """Every published figure: its record, its part, and whether it was reproduced."""
     return [
         (record, part, is_as_published(record, part)) for record in run.of(FootprintRecord) for part in record.published
     ]

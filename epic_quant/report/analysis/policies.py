@@ -1,4 +1,4 @@
-"""What policies are called, and which of them are worth their bytes."""
+"""Display names of policies, and which policies are worth their bytes."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def by_block_error(run: Run) -> list[Rated]:
 
 
 def pareto_front(rated: Sequence[Rated]) -> list[Rated]:
-    """By rising bytes, those that nothing as small equals or beats."""
+    """The Pareto front, by rising bytes."""
     by_name = {one.policy: one for one in rated}
     return [by_name[name] for name, _, _ in front((one.policy, one.nbytes, one.error) for one in rated)]
 

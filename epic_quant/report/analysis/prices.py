@@ -213,7 +213,7 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 @contextmanager
 def _details() -> Iterator[None]:
-    """Around what reads a record's details, which are plain JSON."""
+    """Turns errors in reading a record's details, plain JSON, into ReportError."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, SpecError) as error:

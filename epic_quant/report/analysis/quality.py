@@ -16,7 +16,7 @@ STRONG = 0.9
 
 @dataclass(frozen=True)
 class Proxy:
-    """A cheaper error of policies or of single classes: (series, error, divergence) of everything that has both."""
+    """A cheaper error of policies or single classes: (series, error, divergence) where both were measured."""
 
     name: str
     of: str

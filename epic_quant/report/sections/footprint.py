@@ -37,7 +37,7 @@ def blocks(run: Run) -> list[Block]:
 
 
 def findings(run: Run) -> list[str]:
-    """How far resident bytes can fall, and whether the published figures were met."""
+    """The least resident bytes, and whether the published figures were reproduced."""
     found, called = [], names(run)
     for model in distinct(one.model for one in run.of(FootprintRecord, column=RESIDENT)):
         nbytes = resident_nbytes(run, model)

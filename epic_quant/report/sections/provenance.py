@@ -1,4 +1,4 @@
-"""Whose weights were measured, by what and on what."""
+"""The measured weights, and the software and machine that measured them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SMALL_MODEL = (
 
 
 def at_the_head(run: Run) -> list[Block]:
-    """The first lines of a report: whose weights these are, and by what they were measured."""
+    """The first lines of a report: the checkpoint, and the software and machine that measured it."""
     facts, checkpoint = run.facts, run.facts["checkpoint"]
     name = code(checkpoint["source"])
     statement = f"The weights are those of {name}." if checkpoint["kind"] == "user" else _SMALL_MODEL

@@ -1,4 +1,4 @@
-"""Recipes: what was predicted of them, what was measured, and what they beat.
+"""Recipes: their predicted and measured divergence, and the policies that they beat.
 
 The benchmarks make them at the bytes of every policy; a user gives them to `--policy` as a string.
 """

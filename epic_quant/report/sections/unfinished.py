@@ -1,4 +1,4 @@
-"""What a run that stopped early, or in which tests failed, has no records of."""
+"""The tests without records, of a run that stopped early or had failures."""
 
 from __future__ import annotations
 
