@@ -259,7 +259,7 @@ class Run:
 
     @contextmanager
     def progress(self, what: str, steps: int) -> Iterator[Callable[[str], None]]:
-        """A bar on a terminal, told what comes next at each of so many steps."""
+        """A progress bar on a terminal: each call advances it a step and names the next."""
         with tqdm(total=steps, disable=None, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} elapsed") as bar:
 
             def step(where: str) -> None:

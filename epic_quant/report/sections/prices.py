@@ -16,11 +16,11 @@ from epic_quant.report.blocks import Block, Heading, Paragraph, Slider, code
 from epic_quant.report.columns import Column, table
 from epic_quant.report.formatting import MISSING, megabytes, ratio, significant, with_error
 from epic_quant.report.layer_map import LayerMap, Square, layer_map
+from epic_quant.report.wording import RECIPE_COMMAND, ablation
 from epic_quant.results.run import Run, distinct
 from epic_quant.spec import TensorClass
 
 _MOST_OFFERS = 10
-_COMMAND = "python -m epic_quant.recipe out.json --budget 3.5GB"
 
 # The order of computing; kinds that are not here come after.
 _KINDS = (
@@ -154,7 +154,7 @@ def _slider(recipes: Sequence[Recipe]) -> list[Block]:
     return [
         Paragraph(
             f"{len(recipes)} recipes that give each tensor its own spec, each of the least predicted divergence at its "
-            f"resident bytes; bits are the mean of a class. To make one within any other budget: {code(_COMMAND)}"
+            f"resident bytes; bits are the mean of a class. To make one within any other budget: {code(RECIPE_COMMAND)}"
         ),
         Slider("Recipe by resident MB", rows, tuple(one.policy for one in recipes), "policy"),
     ]
@@ -197,10 +197,8 @@ def _check(run: Run) -> list[Block]:
 
 
 def _alone(one: Beside) -> str:
-    record = one.record
-    assert isinstance(record, SensitivityRecord)
-    layer = "" if record.layer is None else f", layer {record.layer}"
-    return f"{record.tensor_class}{layer} {code(record.spec)}"
+    assert isinstance(one.record, SensitivityRecord)
+    return ablation(one.record)
 
 
 def _range_found(pairs: Sequence[Beside]) -> str:

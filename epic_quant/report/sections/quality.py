@@ -64,13 +64,13 @@ def findings(run: Run) -> list[str]:
             else "every quantized policy has more"
         )
         found.append(f"Computing in bf16 alone has a KL divergence of {significant(floor)} nats a token; {which}.")
-    told = []
+    ranks = []
     for one in proxies(run):
         if (value := one.correlation) is not None:
             verdict = "sorts them nearly as KL divergence does" if value >= STRONG else "does not replace it"
-            told.append(f"{one.name} over {len(one.points)} {one.of} {significant(value)} ({verdict})")
-    if told:
-        found.append(f"Spearman's correlation with KL divergence: {'; '.join(told)}.")
+            ranks.append(f"{one.name} over {len(one.points)} {one.of} {significant(value)} ({verdict})")
+    if ranks:
+        found.append(f"Spearman's correlation with KL divergence: {'; '.join(ranks)}.")
     return found
 
 

@@ -13,10 +13,8 @@ from epic_quant.report.analysis.recipes import FACTOR, Group, Prediction, groups
 from epic_quant.report.blocks import Block, Paragraph, code
 from epic_quant.report.columns import Column, table
 from epic_quant.report.formatting import MISSING, megabytes, significant
-from epic_quant.report.wording import context_tokens
+from epic_quant.report.wording import RECIPE_COMMAND, context_tokens
 from epic_quant.results.run import Run
-
-_COMMAND = "python -m epic_quant.recipe out.json --budget 3.5GB"
 
 
 def blocks(run: Run) -> list[Block]:
@@ -63,7 +61,7 @@ def blocks(run: Run) -> list[Block]:
         found.append(table([policy, *measures], others))
     elif not made:
         found.append(Paragraph("No policy of this run consists of classes that were measured alone."))
-    found.append(Paragraph(f"To make a recipe within any other budget: {code(_COMMAND)}"))
+    found.append(Paragraph(f"To make a recipe within any other budget: {code(RECIPE_COMMAND)}"))
     return found
 
 

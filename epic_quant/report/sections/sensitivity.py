@@ -8,12 +8,13 @@ from epic_quant.report.analysis.sensitivity import costs, reported, width
 from epic_quant.report.blocks import Block, Heading, Paragraph, code
 from epic_quant.report.columns import Column, table
 from epic_quant.report.formatting import megabytes, significant, with_error
+from epic_quant.report.wording import ablation
 from epic_quant.results.run import Run, distinct
 
 ALL_LAYERS = "all layers"
 
 _ALONE: tuple[Column[SensitivityRecord], ...] = (
-    Column("one class alone", lambda one: f"{one.tensor_class}{_layer(one)} {code(one.spec)}", text=True),
+    Column("one class alone", ablation, text=True),
     Column("KL divergence", lambda one: with_error(one.kl_divergence, one.kl_se)),
     Column("saved, MB", lambda one: one.saved_nbytes, megabytes),
     Column("KL divergence a MB saved", lambda one: one.kl_per_mb, significant),
@@ -48,10 +49,6 @@ def findings(run: Run) -> list[str]:
 
 def _cost(record: SensitivityRecord) -> str:
     return f"{record.tensor_class} under {code(record.spec)} ({significant(record.kl_per_mb)} nats a token and MB)"
-
-
-def _layer(record: SensitivityRecord) -> str:
-    return "" if record.layer is None else f", layer {record.layer}"
 
 
 def _figure(run: Run) -> list[Block]:
