@@ -234,6 +234,7 @@ def test_prices(run, prices, problem, record, benchmark):
         compared.append(
             {"bits": bits, "nbytes": nbytes, "predicted": {by: recipe.predicted for by, recipe in made.items()}}
         )
+    recipes = problem().frontier(FRONTIER)
     frontier = [
         {
             "resident_nbytes": one.resident_nbytes,
@@ -241,7 +242,7 @@ def test_prices(run, prices, problem, record, benchmark):
             "policy": str(one.policy),
             "bits": one.bits_by_part,
         }
-        for one in problem().frontier(FRONTIER)
+        for one in recipes
     ]
     record(
         PricesRecord(
@@ -255,7 +256,7 @@ def test_prices(run, prices, problem, record, benchmark):
             by=tuple(compared),
         )
     )
-    benchmark.pedantic(found.predict, (NAMED["int4-g128"],), rounds=3)
+    benchmark.pedantic(found.predict, (recipes[-1].policy,), rounds=3)
 
 
 def test_sensitivity(ablation_name, run, sensitivities, predicted, record, benchmark):

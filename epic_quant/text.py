@@ -54,7 +54,10 @@ def token_windows(
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise TokenError(f"{path}: cannot be read as UTF-8 text: {error}") from error
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    try:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+    except Exception as error:  # The library raises plain Exception where a tokenizer lacks what its text needs.
+        raise TokenError(f"{checkpoint.tokenizer_path}: cannot encode {path}: {error}") from error
     own = window_tokens - 1
     if least is not None:
         num_windows = min(num_windows, max(least, (len(ids) - skip) // own))

@@ -58,7 +58,7 @@ def load_ids(path: Path, table_rows: int) -> Ids:
     """The ids in a `.npy` file, flattened. Raises TokenError where there are none, or the table lacks one."""
     try:
         ids = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # NumPy's reader of headers lets errors of Python's own parser through.
         raise TokenError(f"{path}: cannot be read as a .npy array: {error}") from error
     if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu":
         raise TokenError(f"{path}: expected an array of integers, found {getattr(ids, 'dtype', type(ids).__name__)}")

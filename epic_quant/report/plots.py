@@ -96,6 +96,8 @@ class Cell:
 
 _COLOURS = tuple(LIGHT[name] for name in SERIES)
 _MARKERS = "osD^vp<>h"
+# Characters of a name in a legend, and of one beside its point.
+_LONGEST_NAME = 60
 _LONGEST_LABEL = 20
 _LABEL_WIDTH = 0.2  # of the axes
 _DASHED = (0, (4, 2))
@@ -222,7 +224,9 @@ def draw_scatter(plot: Scatter) -> Figure:
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
         entries |= {label: handle for label, handle in zip(labels, handles, strict=True) if label not in entries}
-    figure.legend(list(entries.values()), list(entries), loc="outside right center")
+    # A long policy string would leave the axes no room; a point's tip has it whole.
+    names = [name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…" for name in entries]
+    figure.legend(list(entries.values()), names, loc="outside right center")
     return figure
 
 

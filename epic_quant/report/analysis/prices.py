@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -125,7 +126,7 @@ def frontier(record: PricesRecord) -> list[Recipe]:
     """The recipes, from the fewest resident bytes up. Raises ReportError where the record is damaged."""
     with _details():
         found = [
-            Recipe(int(one["resident_nbytes"]), float(one["predicted"]), str(one["policy"]), _numbers(one["bits"]))
+            Recipe(int(one["resident_nbytes"]), _finite(one["predicted"]), str(one["policy"]), _numbers(one["bits"]))
             for one in record.frontier
         ]
     return sorted(found, key=lambda recipe: recipe.resident_nbytes)
@@ -134,7 +135,7 @@ def frontier(record: PricesRecord) -> list[Recipe]:
 def budgets(record: PricesRecord) -> list[Budget]:
     """What the granularities cost at equal bytes. Raises ReportError where the record is damaged."""
     with _details():
-        return [Budget(float(one["bits"]), int(one["nbytes"]), _numbers(one["predicted"])) for one in record.by]
+        return [Budget(_finite(one["bits"]), int(one["nbytes"]), _numbers(one["predicted"])) for one in record.by]
 
 
 def at_equal_bits(found: Sequence[Tensor]) -> tuple[str, list[Offer]]:
@@ -199,7 +200,7 @@ def _tensor(name: str, one: Mapping[str, Any]) -> Tensor:
     prices = {}
     for spec, (divergence, error, nbytes) in one["specs"].items():
         WeightSpec.parse(spec)
-        prices[spec] = Price(spec, float(divergence), None if error is None else float(error), int(nbytes))
+        prices[spec] = Price(spec, _finite(divergence), None if error is None else _finite(error), int(nbytes))
     layer = one["layer"]
     numel = int(one["numel"])
     if numel <= 0:
@@ -208,7 +209,14 @@ def _tensor(name: str, one: Mapping[str, Any]) -> Tensor:
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    return {str(name): float(value) for name, value in values.items()}
+    return {str(name): _finite(value) for name, value in values.items()}
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is not a finite number")
+    return number
 
 
 @contextmanager
@@ -216,5 +224,5 @@ def _details() -> Iterator[None]:
     """Turns errors in reading a record's details, plain JSON, into ReportError."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, SpecError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, SpecError) as error:
         raise ReportError(f"damaged record of 'prices': {type(error).__name__}: {error}") from error

@@ -1,0 +1,298 @@
+"""Mutated inputs: whatever is read answers with one line and leaves nothing behind, soon and in little memory."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import random
+import shutil
+import sys
+import time
+import traceback
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from epic_quant import inspection, predict
+from epic_quant.calibration import Hessians, gather
+from epic_quant.checkpoint import Checkpoint
+from epic_quant.errors import EpicQuantError
+from epic_quant.ple.traces import load_ids
+from epic_quant.recipe.__main__ import main as recipe
+from epic_quant.report.__main__ import main as report
+from epic_quant.results.gate import Condition
+from epic_quant.results.prices import prices_path
+from epic_quant.spec import KVSpec, PLESpec, PolicySpec, WeightSpec
+from epic_quant.text import token_windows
+
+from .mutations import mutated_bytes, mutated_json, mutated_text, with_header
+
+# Mutations of every target in the ordinary run, and in .ci/run, where all together are 20,000 or more.
+FEW, MANY = 40, 2_000
+MOST_NBYTES = 1_500_000_000
+_CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
+_POLICIES = ("mlp=int4,mlp.down_proj@3+7-9=int8,kv=int8,ple=lru:50", "embedding=ternary,ple_table=int8,mlp@3=int4")
+_SPECS = (
+    (WeightSpec, "int4-g128+had256+gptq"),
+    (WeightSpec, "affine3-g64"),
+    (PLESpec, "static+lru:500"),
+    (KVSpec, "k=int4-b64/v=int4"),
+    (KVSpec, "int4/full.k.unrotated=int3-b64+center32+pca8-int5+unbiased/residual=32/full.sinks=4"),
+)
+_LIMITS = ("kl_divergence[subject=quality]:+5%", 'kl_divergence[policy="mlp=int4,kv=int8"]:0.1', "nbytes:3.5GB")
+# A command line's status, and what a target gives back of it.
+REFUSED = 2
+# Words of the grammars, one of which stands where another was.
+_WORDS = (
+    *("int2", "int8", "ternary", "affine3", "codebook2", "bf16", "absmax4", "absmax3-packed", "gptq", "had32", "had3"),
+    *("center8", "pca4-int4", "clip10", "unbiased", "residual=4", "sinks=1", "full.", "sliding.", "rotated", "k", "v"),
+    *("mlp", "embedding", "ple_table", "kv", "ple", "lru:5", "static:0", "w-lrfu:9", "all", "g64", "b32"),
+    *("0", "1", "3-1", "11", "42", "128", "nbytes", "subject", "policy", "+5%", "1e999", "nan", "2ms", "-1"),
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Something that reads what others wrote: `read(rng, folder)` mutates, writes into `folder` and reads."""
+
+    name: str
+    read: Callable[[random.Random, Path], object]
+    share: float = 1.0  # of the mutations, where one takes long
+
+
+@pytest.fixture(scope="module")
+def folders(model, tmp_path_factory) -> dict[str, Path]:
+    """The toy as one file and in two shards, and its Hessians."""
+    root = tmp_path_factory.mktemp("seeds")
+    sharded = root / "sharded"
+    sharded.mkdir()
+    tensors = load_file(model / "model.safetensors")
+    weight_map = {}
+    for shard, names in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2])):
+        save_file({name: tensors[name] for name in names}, sharded / f"{shard}.safetensors")
+        weight_map |= dict.fromkeys(names, f"{shard}.safetensors")
+    (sharded / _INDEX).write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    shutil.copy(model / _CONFIG, sharded)
+    with Checkpoint.open(model) as checkpoint:
+        text = model / "calibration.txt"
+        gather(checkpoint, text, token_windows(checkpoint, text, 2, 16), root / "hessians.safetensors")
+    return {"whole": model, "sharded": sharded, "hessians": root / "hessians.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def targets(folders, run_of_model) -> list[Target]:
+    """Every kind of input, each with how it is mutated and what reads it."""
+    model, sharded = folders["whole"], folders["sharded"]
+    file = (model / "model.safetensors").read_bytes()
+    header_end = 8 + int.from_bytes(file[:8], "little")
+    header = json.loads(file[8:header_end])
+    config = json.loads((model / _CONFIG).read_bytes())
+    index = json.loads((sharded / _INDEX).read_bytes())
+    tokenizer = json.loads((model / "tokenizer.json").read_bytes())
+    run, prices = run_of_model.read_bytes(), prices_path(run_of_model).read_bytes()
+    run_json = json.loads(run)
+    prices_end = 8 + int.from_bytes(prices[:8], "little")
+    hessians = folders["hessians"].read_bytes()
+    hessians_end = 8 + int.from_bytes(hessians[:8], "little")
+    trace = io.BytesIO()
+    np.save(trace, np.arange(100, dtype=np.int32))
+
+    def dumped(value: object) -> bytes:
+        return json.dumps(value).encode("utf-8", "surrogatepass")
+
+    def either(rng: random.Random, value: object) -> bytes:
+        """JSON with its content mutated, or its bytes."""
+        return dumped(mutated_json(value, rng)) if rng.random() < 0.7 else mutated_bytes(dumped(value), rng)
+
+    def read_header(rng: random.Random, folder: Path) -> object:
+        if rng.random() < 0.7:
+            content = with_header(mutated_json(header, rng), file[header_end:])
+        else:
+            content = mutated_bytes(file[:header_end], rng) + file[header_end:]
+        path = _written(folder / "model.safetensors", content)
+        return inspection.main([str(path), "--config", str(model / _CONFIG), "--tensors"])
+
+    def read_index(rng: random.Random, folder: Path) -> object:
+        for shard in sharded.glob("*.safetensors"):
+            (folder / shard.name).symlink_to(shard)
+        _written(folder / _INDEX, either(rng, index))
+        return inspection.main([str(folder), "--config", str(sharded / _CONFIG)])
+
+    def read_config(rng: random.Random, folder: Path) -> object:
+        path = _written(folder / _CONFIG, either(rng, config))
+        return inspection.main([str(model), "--config", str(path)])
+
+    def windows(folder: Path, *, tokenizer: Path | None = None, text: Path = model / "text.txt") -> object:
+        with Checkpoint.open(model, tokenizer=tokenizer) as checkpoint:
+            return token_windows(checkpoint, text, 2, 16).tolist()
+
+    def read_tokenizer(rng: random.Random, folder: Path) -> object:
+        return windows(folder, tokenizer=_written(folder / "tokenizer.json", either(rng, tokenizer)))
+
+    def read_text(rng: random.Random, folder: Path) -> object:
+        text = mutated_bytes((model / "text.txt").read_bytes()[:400], rng)
+        return windows(folder, text=_written(folder / "text.txt", text))
+
+    def read_hessians(rng: random.Random, folder: Path) -> object:
+        path = _written(folder / "hessians.safetensors", damaged(rng, hessians, hessians_end))
+        with Checkpoint.open(model) as checkpoint:
+            return [len(hessian) for hessian in Hessians(path, checkpoint).values()]
+
+    def damaged(rng: random.Random, content: bytes, end: int) -> bytes:
+        if rng.random() < 0.5:
+            return with_header(mutated_json(json.loads(content[8:end]), rng), content[end:])
+        return mutated_bytes(content[:end], rng) + content[end:]
+
+    def read_prices(rng: random.Random, folder: Path) -> object:
+        _written(folder / "out.json", run)
+        _written(folder / prices_path(run_of_model).name, damaged(rng, prices, prices_end))
+        return tell(rng, folder)
+
+    def tell(rng: random.Random, folder: Path) -> object:
+        path = str(folder / "out.json")
+        if rng.random() < 0.5:
+            return predict.main([path, "--policy", "int4"])
+        return recipe([path, "--bits", "4"])
+
+    def read_run(rng: random.Random, folder: Path) -> object:
+        _written(folder / "out.json", either(rng, run_json))
+        _written(folder / prices_path(run_of_model).name, prices)
+        if rng.random() < 0.5:
+            return tell(rng, folder)
+        return report([str(folder / "out.json"), "--format", "csv", "--out", "-"])
+
+    def read_reported(rng: random.Random, folder: Path) -> object:
+        path = _written(folder / "out.json", dumped(mutated_json(run_json, rng)))
+        return report([str(path), "--format", "md", "--out", "-"])
+
+    def read_partial(rng: random.Random, folder: Path) -> object:
+        facts = next(key for key in run_json if key.startswith("epic"))
+        names = [entry["name"] for entry in run_json["benchmarks"]][:12]
+        lines: list[object] = [{facts: run_json[facts], "planned": names, "datetime": run_json["datetime"]}]
+        for entry in run_json["benchmarks"][:12]:
+            lines.append({"test": entry["name"], "record": entry["extra_info"][facts]})
+            lines.append({"test": entry["name"], "outcome": "passed", "median": 0.5})
+        if rng.random() < 0.7:
+            lines = mutated_json(lines, rng)
+        content = b"".join(dumped(line) + b"\n" for line in lines)
+        if rng.random() < 0.3:
+            content = mutated_bytes(content, rng)
+        path = _written(folder / "out.partial.jsonl", content)
+        return report([str(path), "--format", "csv", "--out", "-"])
+
+    def read_trace(rng: random.Random, folder: Path) -> object:
+        return load_ids(_written(folder / "trace.npy", mutated_bytes(trace.getvalue(), rng)), 120).tolist()
+
+    def read_policy(rng: random.Random, folder: Path) -> object:
+        text = mutated_text(rng.choice(_POLICIES), rng, _WORDS)
+        policy = PolicySpec.parse(text)
+        assert PolicySpec.parse(str(policy)) == policy
+        return predict.main([str(run_of_model), "--policy", text])
+
+    def read_spec(rng: random.Random, folder: Path) -> object:
+        kind, text = rng.choice(_SPECS)
+        text = mutated_text(text, rng, _WORDS)
+        spec = kind.parse(text)
+        assert kind.parse(str(spec)) == spec
+        return spec
+
+    def read_limit(rng: random.Random, folder: Path) -> object:
+        return Condition.parse(mutated_text(rng.choice(_LIMITS), rng, _WORDS))
+
+    return [
+        Target("header", read_header),
+        Target("index", read_index),
+        Target("config", read_config),
+        Target("tokenizer", read_tokenizer),
+        Target("text", read_text),
+        Target("hessians", read_hessians),
+        Target("prices", read_prices, share=0.5),
+        Target("run's JSON", read_run, share=0.04),
+        Target("partial file", read_partial, share=0.04),
+        Target("report", read_reported, share=0.01),
+        Target("trace", read_trace),
+        Target("policy", read_policy),
+        Target("spec", read_spec),
+        Target("limit", read_limit),
+    ]
+
+
+@pytest.mark.parametrize("each", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
+def test_mutated_inputs_are_read_or_refused_in_one_line(targets, each, tmp_path, watched, capsys):
+    """Refused means an exception of ours with one line, or status 2 with one line on stderr."""
+    begun, memory, lines, faults, total = time.perf_counter(), _peak_nbytes(), [], {}, 0
+    for target in targets:
+        count = max(3, round(each * target.share))
+        total += count
+        outcomes, slowest_s, first = Counter(), 0.0, time.perf_counter()
+        for number in range(count):
+            folder = tmp_path / "one"
+            folder.mkdir()
+            what = f"{target.name}, seed {zlib.crc32(f'{target.name} {number}'.encode())}"
+            started = time.perf_counter()
+            with watched(what):
+                outcome, fault = _read(target, what, folder)
+            slowest_s = max(slowest_s, time.perf_counter() - started)
+            outcomes[outcome] += 1
+            if fault:
+                faults.setdefault((target.name, fault), what)
+            shutil.rmtree(folder)
+        counts = ", ".join(f"{number} {outcome}" for outcome, number in sorted(outcomes.items()))
+        taken_s = time.perf_counter() - first
+        lines.append(f"{target.name}: {counts}; {taken_s:.1f} s, the slowest {slowest_s:.2f} s")
+    grown = _peak_nbytes() - memory
+    lines.append(f"{total:,} mutations in {time.perf_counter() - begun:.0f} s; memory grew by {grown / 1e6:.0f} MB")
+    with capsys.disabled():
+        print("", *lines, sep="\n  ")
+    assert not faults, "\n".join(f"{what}: {fault}" for (_, fault), what in faults.items())
+    assert each < MANY or total >= 20_000
+    assert grown < MOST_NBYTES
+
+
+def _read(target: Target, what: str, folder: Path) -> tuple[str, str | None]:
+    """What became of one mutation, and what is wrong with that."""
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            refused = target.read(random.Random(int(what.split()[-1])), folder) == REFUSED
+        said = err.getvalue()
+    except EpicQuantError as error:
+        refused, said = True, " ".join(str(error).split())  # as a command line prints it
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # A panic of a library in Rust is no Exception.
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return "failed", f"{type(error).__name__} in {Path(where.filename).name}:{where.lineno}: {error!s:.300}"
+    fault = None
+    if refused and len(said.strip().splitlines()) != 1:
+        fault = f"expected one line, found {said[:500]!r}"
+    elif refused and out.getvalue():
+        fault = f"printed before it was refused: {out.getvalue()[:100]!r}"
+    elif left := {path.name for path in folder.iterdir()} - _WRITTEN:
+        fault = f"left {sorted(left)}"
+    return "refused" if refused else "read", fault
+
+
+_WRITTEN: set[str] = {"0.safetensors", "1.safetensors"}
+
+
+def _written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    _WRITTEN.add(path.name)
+    return path
+
+
+def _peak_nbytes() -> int:
+    """The most memory that the process has had; 0 where the system does not say."""
+    if sys.platform != "linux":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
