@@ -69,6 +69,19 @@ def test_a_spec_that_few_have_is_not_what_all_are_compared_at():
     assert len(offers) == len(tensors)
 
 
+def test_a_kind_costs_what_its_tensors_cost_at_widths_that_all_of_them_have():
+    record = synthetic_prices()
+    tensors = copy.deepcopy(dict(record.tensors))
+    lacks = next(name for name, one in tensors.items() if one["kind"] == "q_proj")
+    del tensors[lacks]["specs"]["int4-g128"]
+    found = {kind.name: kind for kind in prices.kinds(prices.tensors(replace(record, tensors=tensors)))}
+    down = [one["specs"] for one in tensors.values() if one["kind"] == "down_proj"]
+    assert found["mlp.down_proj"].num_tensors == len(down)
+    assert found["mlp.down_proj"].prices["int4"] == pytest.approx(sum(specs["int4-g128"][0] for specs in down))
+    assert "int4" not in found[f"{tensors[lacks]['tensor_class']}.q_proj"].prices
+    assert sum(kind.num_tensors for kind in found.values()) == len(tensors)
+
+
 def test_costliest_first_by_nats_for_each_mb_saved_from_bf16():
     record = synthetic_prices()
     ranked = prices.by_cost(prices.at_equal_bits(prices.tensors(record))[1])

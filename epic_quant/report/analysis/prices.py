@@ -69,6 +69,15 @@ class Offer:
 
 
 @dataclass(frozen=True)
+class Kind:
+    """The tensors of a class of one kind, such as `mlp.down_proj`, and the sum of their prices at each width."""
+
+    name: str
+    num_tensors: int
+    prices: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A recipe by tensor: its resident bytes, predicted divergence, policy, and the mean bits a weight by class."""
 
@@ -161,6 +170,28 @@ def at_equal_bits(found: Sequence[Tensor]) -> tuple[str, list[Offer]]:
             spec = usual if usual in alike else min(alike, key=lambda name: tensor.prices[name].nbytes)
             offers.append(Offer(tensor, tensor.prices[spec]))
     return usual, offers
+
+
+def kinds(found: Sequence[Tensor]) -> list[Kind]:
+    """Tensors by class and kind, those of no kind by class, with the widths that all tensors of a kind are priced at.
+
+    Each tensor's price is of the spec with the fewest bytes at a width. Cross terms between tensors are left out.
+    """
+    by_name: dict[str, list[Tensor]] = {}
+    for tensor in found:
+        by_name.setdefault(f"{tensor.tensor_class}.{tensor.kind}" if tensor.kind else tensor.tensor_class, []).append(
+            tensor
+        )
+    made = []
+    for name, alike in by_name.items():
+        sums: dict[str, list[float]] = {}
+        for tensor in alike:
+            smallest = {_width(one.spec): one for one in sorted(tensor.prices.values(), key=lambda one: -one.nbytes)}
+            for width, price in smallest.items():
+                sums.setdefault(width, []).append(price.kl_divergence)
+        whole = {width: sum(values) for width, values in sums.items() if len(values) == len(alike)}
+        made.append(Kind(name, len(alike), whole))
+    return made
 
 
 def by_cost(offers: Sequence[Offer]) -> list[Offer]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from epic_quant.records.subjects import SensitivityRecord
+from functools import partial
+
+from epic_quant.records.subjects import PricesRecord, SensitivityRecord
 from epic_quant.report import plots
+from epic_quant.report.analysis import prices
+from epic_quant.report.analysis.prices import Kind
 from epic_quant.report.analysis.sensitivity import costs, reported, width
 from epic_quant.report.blocks import Block, Heading, Paragraph, code
 from epic_quant.report.columns import Column, table
@@ -24,15 +28,12 @@ _ALONE: tuple[Column[SensitivityRecord], ...] = (
 def blocks(run: Run) -> list[Block]:
     """The heat map, then a table for each text: divergence, bytes saved, and the one over the other."""
     found: list[Block] = [
-        Paragraph(
-            "KL divergence in nats a token of one tensor class quantized and all else as it is. It is reported on the "
-            "evaluation text; recipes are made from the same on the calibration text."
-        ),
+        Paragraph("KL divergence in nats a token of one tensor class quantized and all else as it is."),
         *_figure(run),
     ]
     for text in distinct(one.text for one in run.of(SensitivityRecord)):
         found += [Heading(3, f"On the {text} text"), table(_ALONE, run.of(SensitivityRecord, text=text))]
-    return found
+    return [*found, *_kinds(run)]
 
 
 def findings(run: Run) -> list[str]:
@@ -49,6 +50,31 @@ def findings(run: Run) -> list[str]:
 
 def _cost(record: SensitivityRecord) -> str:
     return f"{record.tensor_class} under {code(record.spec)} ({significant(record.kl_per_mb)} nats a token and MB)"
+
+
+def _kinds(run: Run) -> list[Block]:
+    """Classes by kind of tensor, which are priced and not measured; nothing where there are no prices."""
+    found = prices.kinds(prices.tensors(prices.priced(run))) if run.of(PricesRecord) else []
+    if not found:
+        return []
+    columns: list[Column[Kind]] = [
+        Column("one kind alone", lambda one: one.name, code, text=True),
+        Column("tensors", lambda one: one.num_tensors),
+    ]
+    widths = distinct(width for one in found for width in one.prices)
+    columns += [Column(name, partial(_price, name), significant) for name in widths]
+    return [
+        Heading(3, "Kinds of tensors, predicted"),
+        Paragraph(
+            "Predicted KL divergence in nats a token of one kind of tensor quantized in all layers: the sum of the "
+            "prices of its tensors."
+        ),
+        table(columns, found),
+    ]
+
+
+def _price(width: str, kind: Kind) -> float | None:
+    return kind.prices.get(width)
 
 
 def _figure(run: Run) -> list[Block]:
