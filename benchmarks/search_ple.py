@@ -2,9 +2,9 @@
 
     python benchmarks/search_ple.py
 
-The traces are the calibration text, as words and as the small model's tokens, and Zipf with exponents between those of
-the benchmark. The first half of each warms the cache. What is best by the mean hit rate over all traces and capacities
-stands in `epic_quant/ple/residency.py`.
+The traces are the first halves of the real token ids, of which the benchmark judges the second, the calibration text
+as the small model's tokens, and Zipf with exponents between those of the benchmark. The first half of each warms the
+cache. What is best by the mean hit rate over all traces and capacities stands in `epic_quant/ple/residency.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from epic_quant.ple import simulation, traces
 from epic_quant.ple.residency import HALF_LIFE_CAPACITIES, WINDOW_SHARE, Residency
 
 MODEL = Path(__file__).parent / "mini_gemma4"
+REAL_IDS = Path(__file__).parent / "facts" / "traces" / "gemma3-tokens.npz"
 TABLE_ROWS = 262_144
 ZIPF_TOKENS = 60_000
 WINDOW_SHARES = (20, 10, 5, 3)  # one row of so many is in the window
@@ -28,10 +29,10 @@ HALF_LIVES = (2, 8, 32, 128)  # capacities
 
 def main() -> None:
     """Print the mean hit rate of every setting, best first."""
-    text = MODEL / "calibration.txt"
-    tokens = Tokenizer.from_file(str(MODEL / "tokenizer.json")).encode(text.read_text("utf-8")).ids
+    text = (MODEL / "calibration.txt").read_text("utf-8")
+    tokens = Tokenizer.from_file(str(MODEL / "tokenizer.json")).encode(text).ids
     cases = [
-        (traces.words(10**9, TABLE_ROWS, 0, [text]), (100, 300, 1000)),
+        *((ids[: len(ids) // 2], (500, 1000, 2000)) for ids in traces.load_texts(REAL_IDS).values()),
         (np.array(tokens, dtype=np.int64), (50, 200, 500, 1000)),
         (traces.zipf(0.9, ZIPF_TOKENS, TABLE_ROWS, 7), (1000, 5000)),
         (traces.zipf(1.1, ZIPF_TOKENS, TABLE_ROWS, 8), (1000, 5000)),

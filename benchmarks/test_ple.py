@@ -15,19 +15,24 @@ import torch
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.gemma4.model import begin, head
 from epic_quant.metrics import kl_divergence, squared_norm
-from epic_quant.ple import PLERowCache, pack_table, pages, simulation, traces
+from epic_quant.ple import PLERowCache, frequent_ids, pack_table, pages, simulation, traces
 from epic_quant.ple.packing import Table
 from epic_quant.ple.residency import NAMES, Residency
 from epic_quant.policy import PolicyWeights
 from epic_quant.quant import quantize
 from epic_quant.records.subjects import (
+    EMPTY_START,
     LOWEST_IDS,
     OPTIMUM,
+    OTHER_TEXT,
+    SHIPPED_LIST,
     PLEColdRecord,
     PLEGuardRecord,
     PLEHitsRecord,
     PLEHotRecord,
     PLEMemoryRecord,
+    PLEStartRecord,
+    PLETextRecord,
 )
 from epic_quant.spec import BF16, NAMED, PolicySpec, TensorClass, WeightSpec
 
@@ -40,25 +45,38 @@ E4B_ROW_NBYTES = 2 * E4B["text_config"]["num_hidden_layers"] * E4B["text_config"
 # Of each trace the first half warms the caches and chooses the static rows; the second half is measured.
 ORIGINAL_TOKENS = 200_000
 ZIPF_TOKENS = 100_000
-WORDS_TOKENS = 300_000
 CAPACITIES = (50, 100, 200, 500, 1000, 2000, 5000, 20_000, 50_000)
 STATIC_FREQUENT = "static, most frequent"
 RESIDENCIES = (LOWEST_IDS, STATIC_FREQUENT, "lru", "static+lru", "w-lrfu", OPTIMUM)
-WORDS = "stand-in: words of Python's library"
 EVALUATION = "evaluation text"
 TRACES = {
     "original 85/15": partial(traces.original, ORIGINAL_TOKENS, E4B_ROWS, 0),
     "Zipf 0.8": partial(traces.zipf, 0.8, ZIPF_TOKENS, E4B_ROWS, 1),
     "Zipf 1.0": partial(traces.zipf, 1.0, ZIPF_TOKENS, E4B_ROWS, 2),
     "Zipf 1.2": partial(traces.zipf, 1.2, ZIPF_TOKENS, E4B_ROWS, 3),
-    WORDS: partial(traces.words, WORDS_TOKENS, E4B_ROWS, 4),
 }
+
+# Real token ids, and what was counted on longer texts; rows that one of these needs are tried here.
+REAL = {"kjv": "King James Bible, first 200,000 tokens", "python": "Python's library, first 200,000 tokens"}
+REAL_IDS = traces.load_texts(FACTS / "traces" / "gemma3-tokens.npz")
+TRACES |= {title: partial(REAL_IDS.get, name) for name, title in REAL.items()}
+PUBLISHED_TEXTS = json.loads((FACTS / "traces" / "texts.json").read_text(encoding="utf-8"))
+TARGETS = {f"{rate:.0%}": rate for rate in (0.90, 0.95, 0.99)}
+MANUAL_ROWS = [PUBLISHED_TEXTS["texts"]["a Linux manual, English"][target] for target in TARGETS]
+REAL_CAPACITIES = sorted([200, 500, 1000, traces.ORIGINAL_HOT_ROWS, *MANUAL_ROWS])
+
+START_CAPACITIES = sorted([traces.ORIGINAL_HOT_ROWS, *MANUAL_ROWS])
+START_TOKENS = 1000
+START_PLACES = 10
 
 
 def pytest_generate_tests(metafunc):
+    given = metafunc.config.getoption("ple_trace")
+    own = [given.name] if given else []
     if "trace_name" in metafunc.fixturenames:
-        given = metafunc.config.getoption("ple_trace")
-        metafunc.parametrize("trace_name", [*TRACES, EVALUATION, *([given.name] if given else [])])
+        metafunc.parametrize("trace_name", [*TRACES, EVALUATION, *own])
+    if "real_name" in metafunc.fixturenames:
+        metafunc.parametrize("real_name", [*REAL.values(), *own])
     if "guarded" in metafunc.fixturenames:
         pairs = [(str(part), spec) for part, spec in guarded_pairs(metafunc.config)]
         metafunc.parametrize(("guarded", "spec"), pairs)
@@ -82,19 +100,28 @@ def trace_of(run):
     return make
 
 
+@pytest.fixture
+def real_trace(real_name, trace_of):
+    """Ids of the vocabulary of 262,144 that the real texts and the shipped list are of, and the bytes of a row."""
+    trace, table_rows, row_nbytes = trace_of(real_name)
+    if table_rows != E4B_ROWS:
+        pytest.skip(f"real ids are of a vocabulary of {E4B_ROWS:,}, this checkpoint has {table_rows:,}")
+    return trace, row_nbytes
+
+
 def hits(residency, trace, capacities, table_rows):
     """Hits in the second half of a trace at each capacity."""
     warm = len(trace) // 2
     if residency == "lru":
         return simulation.lru(trace, capacities, warm)
     found = []
+    frequent = simulation.by_frequency(trace[:warm])
     for capacity in capacities:
-        frequent = simulation.most_frequent(trace[:warm], capacity, table_rows)
         match residency:
             case "static, lowest ids":
                 found.append(simulation.static(trace[warm:], np.arange(capacity)))
             case "static, most frequent":
-                found.append(simulation.static(trace[warm:], frequent))
+                found.append(simulation.static(trace[warm:], frequent[:capacity]))
             case "optimum":
                 found.append(simulation.optimum(trace[warm:], capacity))
             case "static+lru":
@@ -109,7 +136,8 @@ def test_hits(trace_name, residency, trace_of, record, benchmark):
     """Hit rate over capacity; timed is the cache's bookkeeping for 10,000 tokens."""
     trace, table_rows, row_nbytes = trace_of(trace_name)
     measured = trace[len(trace) // 2 :]
-    capacities = [rows for rows in CAPACITIES if table_rows / 1500 <= rows <= table_rows]
+    tried = REAL_CAPACITIES if trace_name in REAL.values() else CAPACITIES
+    capacities = [rows for rows in tried if table_rows / 1500 <= rows <= table_rows]
     rates = [count / len(measured) for count in hits(residency, trace, capacities, table_rows)]
     if residency == LOWEST_IDS and trace_name == "original 85/15":
         assert abs(rates[capacities.index(traces.ORIGINAL_HOT_ROWS)] - traces.ORIGINAL_HOT_SHARE) < 0.003
@@ -131,6 +159,77 @@ def test_hits(trace_name, residency, trace_of, record, benchmark):
     name = residency if residency in NAMES else "static"
     bookkeeping = Residency.named(name, table_rows, capacities[-1])
     benchmark.pedantic(bookkeeping.look_up, (measured[:10_000],), rounds=1)
+
+
+STARTS = {
+    EMPTY_START: ("lru", "w-lrfu"),
+    SHIPPED_LIST: ("static", "lru", "w-lrfu"),
+    OTHER_TEXT: ("static", "lru", "w-lrfu"),
+}
+
+
+def frequent_at(start, real_name):
+    """The list that a start is from, of first halves alone."""
+    if start == EMPTY_START:
+        return np.arange(0)
+    if start == SHIPPED_LIST:
+        return frequent_ids()
+    others = [ids for name, ids in REAL_IDS.items() if REAL[name] != real_name]
+    return simulation.by_frequency(others[0][: len(others[0]) // 2])
+
+
+@pytest.mark.parametrize(("start", "residency"), [(start, name) for start, names in STARTS.items() for name in names])
+def test_start(real_name, start, residency, real_trace, record, benchmark):
+    """What a list of frequent ids saves in the first tokens of a text; timed is filling a cache's bookkeeping by it."""
+    trace, row_nbytes = real_trace
+    if start == OTHER_TEXT and real_name not in REAL.values():
+        pytest.skip("the other text is that of a trace of this project")
+    frequent, measured = frequent_at(start, real_name), trace[len(trace) // 2 :]
+    made = partial(Residency.named, residency, E4B_ROWS, initial_ids=frequent)
+    tokens = min(START_TOKENS, len(measured))
+    places = np.linspace(0, len(measured) - tokens, START_PLACES, dtype=int)
+    misses, rates = [], []
+    for rows in START_CAPACITIES:
+        counted = [tokens - made(rows).look_up(measured[place : place + tokens]).hits for place in places]
+        misses.append(float(np.mean(counted)))
+        rates.append(made(rows).look_up(measured).hits / len(measured))
+    record(
+        PLEStartRecord(
+            trace=real_name,
+            residency=residency,
+            start=start,
+            hit_rate=rates[START_CAPACITIES.index(traces.ORIGINAL_HOT_ROWS)],
+            capacities=tuple(START_CAPACITIES),
+            misses=tuple(misses),
+            hit_rates=tuple(rates),
+            row_nbytes=row_nbytes,
+            tokens=tokens,
+            places=START_PLACES,
+            list_rows=len(frequent),
+            original_rows=traces.ORIGINAL_HOT_ROWS,
+        )
+    )
+    benchmark.pedantic(made, (traces.ORIGINAL_HOT_ROWS,), rounds=1)
+
+
+def test_text(real_name, real_trace, record, benchmark):
+    """Which ids a text uses, beside what was counted on others; timed is finding the best static choice."""
+    trace, row_nbytes = real_trace
+    rows = {target: simulation.fewest_static(trace, rate) for target, rate in TARGETS.items()}
+    is_real = real_name in REAL.values()
+    record(
+        PLETextRecord(
+            text=real_name,
+            hit_rate=float(np.mean(trace < traces.ORIGINAL_HOT_ROWS)),
+            tokens=len(trace),
+            rows=rows,
+            row_nbytes=row_nbytes,
+            original_rows=traces.ORIGINAL_HOT_ROWS,
+            source=PUBLISHED_TEXTS["source"] if is_real else None,
+            published=PUBLISHED_TEXTS["texts"] if is_real else {},
+        )
+    )
+    benchmark.pedantic(simulation.by_frequency, (trace,), rounds=1)
 
 
 def test_the_originals_published_hit_rates_are_chance():

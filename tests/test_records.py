@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from epic_quant.errors import SpecError
 from epic_quant.records import METRICS, Record
-from epic_quant.records.subjects import SUBJECTS, KVRecord, PLEHitsRecord, SensitivityRecord
+from epic_quant.records.subjects import SUBJECTS, KVRecord, PLEHitsRecord, PLEStartRecord, SensitivityRecord
 from epic_quant.spec import NAMED_KV, KVSpec, PolicySpec, WeightSpec
 
 values = st.none() | st.floats(allow_nan=False, allow_infinity=False)
@@ -71,8 +71,9 @@ VALUES = {
 def test_a_subjects_record_survives_json(kind, data):
     types = get_type_hints(kind)
     values = {one.name: data.draw(strategy_of(types[one.name]), label=one.name) for one in fields(kind)}
-    if kind is PLEHitsRecord:
-        values["hit_rates"] = tuple(1.0 for _ in values["capacities"])
+    if kind in (PLEHitsRecord, PLEStartRecord):
+        curves = {"hit_rates", "misses"} & set(values)
+        values |= {name: tuple(1.0 for _ in values["capacities"]) for name in curves}
     if kind is SensitivityRecord:
         values["spec"] = str(data.draw(WEIGHT_SPECS))
         values["tensor_class"] = "mlp"

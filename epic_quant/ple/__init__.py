@@ -2,6 +2,7 @@
 
 from epic_quant.ple.cache import CacheStats, PLERowCache
 from epic_quant.ple.packing import pack_table
+from epic_quant.ple.traces import frequent_ids
 from epic_quant.spec import RESIDENCIES
 
-__all__ = ["RESIDENCIES", "CacheStats", "PLERowCache", "pack_table"]
+__all__ = ["RESIDENCIES", "CacheStats", "PLERowCache", "frequent_ids", "pack_table"]

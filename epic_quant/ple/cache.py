@@ -26,7 +26,7 @@ READS = ("positioned", "mapped")
 class CacheStats:
     """Counts of a cache's lookups. Lookups are of tokens, one after another, whatever batches they came in.
 
-    A batch reads a row at most once, so `bytes_read`, in which the rows pinned at the start are included, may be less
+    A batch reads a row at most once, so `bytes_read`, in which the rows hot at the start are included, may be less
     than that of `misses` rows. `resident_nbytes` is of the rows that are hot now.
     """
 
@@ -47,8 +47,9 @@ class PLERowCache:
     """Rows of a checkpoint's PLE table by token id: one row serves all layers, so a token is looked up once.
 
     At most `capacity_rows` rows, or as many as fit `capacity_nbytes`, are hot, kept by `residency`: `static`, `lru`,
-    `static+lru` or `w-lrfu` (see `ple.residency`). `static_ids` [n] are the rows that stay hot, in the order of their
-    worth; the lowest ids unless given.
+    `static+lru` or `w-lrfu` (see `ple.residency`). The first of `initial_ids` [n], in the order of their worth, are hot
+    from the start, and those that are static stay so; unless given, these are the lowest ids, and no others are hot.
+    For the ids of Gemma's vocabulary of 262,144 there is a list that is made from text: `ple.frequent_ids()`.
 
     With `packed`, a file that `pack_table` made, rows are read from it, kept packed and decoded on the way out. With a
     `spec` other than bf16 and no such file, cold rows are read from the checkpoint and quantized each time, which takes
@@ -66,7 +67,7 @@ class PLERowCache:
         capacity_rows: int | None = None,
         capacity_nbytes: int | None = None,
         residency: str = "lru",
-        static_ids: Tensor | None = None,
+        initial_ids: Tensor | None = None,
         spec: WeightSpec = BF16,
         packed: str | Path | None = None,
         reads: str = "positioned",
@@ -81,13 +82,13 @@ class PLERowCache:
         self._lock = threading.Lock()
         try:
             self.capacity_rows = _capacity(capacity_rows, capacity_nbytes, self._format.row_nbytes)
-            pinned = None if static_ids is None else _distinct(self._checked(static_ids))
-            self._residency = Residency.named(residency, table.num_rows, self.capacity_rows, pinned)
+            initial = None if initial_ids is None else _distinct(self._checked(initial_ids))
+            self._residency = Residency.named(residency, table.num_rows, self.capacity_rows, initial)
             self._hot = torch.empty(self.capacity_rows, self._format.row_nbytes, dtype=torch.uint8)
             # The result of plain rows, so that a hot lookup is one call of torch.
             is_plain = isinstance(self._format, PlainRows)
             self._hot_plain = self._format.decode(self._hot).view(-1, *self._shape) if is_plain else None
-            self._load_pinned()
+            self._load_initial()
         except BaseException:
             self._reader.close()
             raise
@@ -164,7 +165,7 @@ class PLERowCache:
             rows = self._format.encode(rows.view(self._table.location.dtype))
         return rows
 
-    def _load_pinned(self) -> None:
+    def _load_initial(self) -> None:
         ids = np.flatnonzero(self._residency.slot_of >= 0)
         for part in np.array_split(ids, max(1, len(ids) // 1024)):
             if len(part):

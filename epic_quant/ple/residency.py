@@ -62,31 +62,30 @@ class Residency:
         self._main: list[tuple[float, int]] = []
 
     @classmethod
-    def named(cls, name: str, table_rows: int, capacity: int, static_ids: Ids | None = None) -> Residency:
+    def named(cls, name: str, table_rows: int, capacity: int, initial_ids: Ids | None = None) -> Residency:
         """The residency of that name over `capacity` rows.
 
-        `static` keeps `static_ids`, the lowest ids unless given; `static+lru` fills half of it with the first of them.
-        Raises SpecError on an unknown name, and on a capacity that is not from 1 to `table_rows`.
+        The first of `initial_ids`, distinct ids in the order of their worth, are hot at the start. `static` pins all of
+        them, `static+lru` the first half, in both the lowest ids unless given; rows that are not pinned are as if they
+        had just been looked up once each, the first of them last. Raises SpecError on an unknown name, and on a
+        capacity that is not from 1 to `table_rows`.
         """
         if name not in NAMES:
             raise SpecError(unknown("PLE residency", name, NAMES))
         if not 1 <= capacity <= table_rows:
             raise SpecError(f"a PLE cache of {capacity} rows: expected 1 to {table_rows}, the rows of the table")
-        if static_ids is not None and not name.startswith("static"):
-            raise SpecError(f"static ids are given, but residency {name!r} keeps none")
-        ids = np.arange(capacity) if static_ids is None else static_ids
-        match name:
-            case "static":
-                return cls(table_rows, ids[:capacity])
-            case "static+lru":
-                pinned = ids[: capacity // 2]
-                return cls(table_rows, pinned, capacity - len(pinned))
-            case "lru":
-                return cls(table_rows, ids[:0], capacity)
-            case _:
-                window_rows = max(1, capacity // WINDOW_SHARE)
-                half_life = HALF_LIFE_CAPACITIES * capacity
-                return cls(table_rows, ids[:0], window_rows, capacity - window_rows, half_life)
+        num_pinned = {"static": capacity, "static+lru": capacity // 2}.get(name, 0)
+        ids = np.arange(num_pinned) if initial_ids is None else initial_ids[:capacity]
+        pinned, others = ids[:num_pinned], ids[num_pinned:]
+        if name == "static":
+            return cls(table_rows, pinned)
+        if name == "w-lrfu":
+            window_rows = max(1, capacity // WINDOW_SHARE)
+            residency = cls(table_rows, pinned, window_rows, capacity - window_rows, HALF_LIFE_CAPACITIES * capacity)
+        else:
+            residency = cls(table_rows, pinned, capacity - len(pinned))
+        residency.look_up(others[::-1])
+        return residency
 
     def touch(self, ids: Ids) -> None:
         """Count lookups of rows that are all hot: ids [n], in the order of the text."""

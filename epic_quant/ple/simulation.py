@@ -28,9 +28,9 @@ def lru(trace: Ids, capacities: Sequence[int], warm_tokens: int = 0) -> list[int
 def static_lru(trace: Ids, pinned: Ids, capacity: int, warm_tokens: int = 0) -> int:
     """Hits where `pinned` rows are hot and the rest of the capacity is an LRU of all others."""
     is_pinned = np.isin(trace, pinned)
-    judged_pinned = int(np.count_nonzero(is_pinned[warm_tokens:]))
+    measured_pinned = int(np.count_nonzero(is_pinned[warm_tokens:]))
     others_warm = warm_tokens - int(np.count_nonzero(is_pinned[:warm_tokens]))
-    return judged_pinned + lru(trace[~is_pinned], [capacity - len(pinned)], others_warm)[0]
+    return measured_pinned + lru(trace[~is_pinned], [capacity - len(pinned)], others_warm)[0]
 
 
 def stack_distances(trace: Ids) -> Ids:
@@ -80,10 +80,16 @@ def static(trace: Ids, resident: Ids) -> int:
     return int(np.count_nonzero(np.isin(trace, resident)))
 
 
-def most_frequent(trace: Ids, count: int, table_rows: int) -> Ids:
-    """The ids that come most often in a trace, most frequent first and the lower of equals; unseen ones fill up."""
-    frequency = np.bincount(trace, minlength=table_rows)
-    return np.argsort(-frequency, kind="stable")[:count]
+def by_frequency(trace: Ids) -> Ids:
+    """The distinct ids of a trace, most frequent first and the lower of equals."""
+    ids, counts = np.unique(trace, return_counts=True)
+    return ids[np.argsort(-counts, kind="stable")]
+
+
+def fewest_static(trace: Ids, hit_rate: float) -> int:
+    """The fewest rows that answer this share of a trace's lookups, chosen once and knowing the whole trace."""
+    counts = np.sort(np.unique(trace, return_counts=True)[1])[::-1]
+    return int(np.searchsorted(np.cumsum(counts), hit_rate * len(trace))) + 1
 
 
 def optimum(trace: Ids, capacity: int) -> int:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
-import sysconfig
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from epic_quant.errors import TokenError
 from epic_quant.ple.residency import Ids
+
+_FREQUENT_IDS = Path(__file__).with_name("frequent_ids.npy")
 
 # The original's: tokens drawn from the ids that it keeps hot, and the share of such tokens.
 ORIGINAL_HOT_ROWS = 5000
@@ -34,24 +33,19 @@ def zipf(exponent: float, num_tokens: int, table_rows: int, seed: int) -> Ids:
     return ids
 
 
-def words(num_tokens: int, table_rows: int, seed: int, files: Iterable[Path] | None = None) -> Ids:
-    """A stand-in for a large vocabulary: the words and signs of source files, each under an id of its own.
+def frequent_ids() -> Ids:
+    """Ids of Gemma's vocabulary of 262,144, the most frequent in English and Python source first.
 
-    The files, this Python's standard library unless given, come in a seeded order, whole, until there are `num_tokens`.
-    Ids are shuffled over the table; words beyond its size share ids. Raises TokenError where there is no text.
+    `benchmarks/make_frequent_ids.py` makes the list.
     """
-    random = np.random.default_rng(seed)
-    paths = sorted(_standard_library() if files is None else files)
-    id_of: dict[str, int] = {}
-    ids: list[int] = []
-    for index in random.permutation(len(paths)):
-        text = paths[index].read_text(encoding="utf-8", errors="replace")
-        ids += [id_of.setdefault(word, len(id_of)) for word in re.findall(r"\w+|[^\w\s]", text)]
-        if len(ids) >= num_tokens:
-            break
-    if not ids:
-        raise TokenError("no source files to take words from")
-    return np.take(random.permutation(table_rows), np.array(ids[:num_tokens]) % table_rows)
+    ids: Ids = np.load(_FREQUENT_IDS).astype(np.int64)
+    return ids
+
+
+def load_texts(path: Path) -> dict[str, Ids]:
+    """The ids of several texts in a `.npz` file, by name."""
+    with np.load(path) as texts:
+        return {name: ids.astype(np.int64) for name, ids in texts.items()}
 
 
 def load_ids(path: Path, table_rows: int) -> Ids:
@@ -73,8 +67,3 @@ def check_trace(ids: np.ndarray[tuple[int, ...], np.dtype[np.integer]], table_ro
     if wrong.size:
         raise TokenError(f"{name}: token id {wrong.flat[0]} is out of range; the table has rows 0 to {table_rows - 1}")
     return ids.reshape(-1).astype(np.int64)
-
-
-def _standard_library() -> list[Path]:
-    folder = Path(sysconfig.get_path("stdlib"))
-    return [path for path in folder.rglob("*.py") if "site-packages" not in path.parts]

@@ -20,6 +20,9 @@ CALIBRATION, EVALUATION = "calibration", "evaluation"
 GAUSSIAN = "Gaussian"
 LOWEST_IDS, OPTIMUM = "static, lowest ids", "optimum"
 
+# What a PLE row cache holds at the start: nothing, or the first of a list of frequent ids.
+EMPTY_START, SHIPPED_LIST, OTHER_TEXT = "nothing", "the shipped list", "the other text's list"
+
 
 class FootprintRecord(SubjectRecord, subject="footprint"):
     """Bytes of a policy by part. `published` is in MB; `unused_nbytes` are of projections that no layer reads."""
@@ -120,9 +123,49 @@ class PLEHitsRecord(SubjectRecord, subject="ple_hits"):
     original_rows: int = detail()
 
     def __post_init__(self) -> None:
-        numbers = (*self.capacities, *self.hit_rates)
-        if len(self.capacities) != len(self.hit_rates) or not all(0 <= number < math.inf for number in numbers):
-            raise ValueError("holds no hit rate for each capacity")
+        _check_curve(self.capacities, self.hit_rates, "hit rate")
+
+
+class PLEStartRecord(SubjectRecord, subject="ple_start"):
+    """What a list of frequent ids, hot at the start, saves: misses and hit rates by capacity in rows.
+
+    `misses` are in the first `tokens` of a text, the mean of `places` in the measured half that each start anew;
+    `hit_rates` are of all of that half, and `hit_rate` that at the original's rows. The list has `list_rows` ids.
+    """
+
+    trace: str = label()
+    residency: str = label()
+    start: str = label()
+    hit_rate: float | None = metric()
+    capacities: tuple[int, ...] = detail()
+    misses: tuple[float, ...] = detail()
+    hit_rates: tuple[float, ...] = detail()
+    row_nbytes: int = detail()
+    tokens: int = detail()
+    places: int = detail()
+    list_rows: int = detail()
+    original_rows: int = detail()
+
+    def __post_init__(self) -> None:
+        _check_curve(self.capacities, self.hit_rates, "hit rate")
+        _check_curve(self.capacities, self.misses, "number of misses")
+
+
+class PLETextRecord(SubjectRecord, subject="ple_text"):
+    """Which ids a text uses: `hit_rate` is the share of as many of the lowest ids as the original keeps.
+
+    `rows` has by hit rate, such as `90%`, the rows of the best static choice, which knows all of the text. `source`
+    says what made the ids. `published` has the same of other texts: `tokens`, `lowest_ids`, and rows by hit rate.
+    """
+
+    text: str = label()
+    hit_rate: float | None = metric()
+    tokens: int = detail()
+    rows: Mapping[str, float] = detail()
+    row_nbytes: int = detail()
+    original_rows: int = detail()
+    source: str | None = detail(default=None)
+    published: Mapping[str, Mapping[str, float]] = detail(default_factory=dict)
 
 
 class PLEHotRecord(SubjectRecord, subject="ple_hot"):
@@ -296,6 +339,11 @@ class PricesRecord(SubjectRecord, subject="prices"):
     tensors: Mapping[str, Any] = detail(default_factory=dict)
     frontier: tuple[Any, ...] = detail(default=())
     by: tuple[Any, ...] = detail(default=())
+
+
+def _check_curve(capacities: tuple[int, ...], values: tuple[float, ...], name: str) -> None:
+    if len(capacities) != len(values) or not all(0 <= number < math.inf for number in (*capacities, *values)):
+        raise ValueError(f"holds no {name} for each capacity")
 
 
 SUBJECTS: Mapping[str, type[SubjectRecord]] = {cls.subject: cls for cls in SubjectRecord.__subclasses__()}

@@ -76,10 +76,21 @@ def test_stats_count_lookups_of_tokens_and_bytes_of_distinct_rows(checkpoint):
 
 
 def test_static_rows_are_hot_from_the_start_and_alone(checkpoint):
-    with PLERowCache(checkpoint, capacity_rows=2, residency="static", static_ids=torch.tensor([9, 9, 4, 1])) as cache:
+    with PLERowCache(checkpoint, capacity_rows=2, residency="static", initial_ids=torch.tensor([9, 9, 4, 1])) as cache:
         assert cache.stats.bytes_read == 2 * ROW_NBYTES
         cache.rows(torch.tensor([9, 4, 1, 1]))
         assert (cache.stats.hits, cache.stats.misses) == (2, 2)
+
+
+@pytest.mark.parametrize("residency", ["lru", "static+lru", "w-lrfu"])
+def test_initial_rows_are_hot_from_the_start_and_are_the_files(checkpoint, table, residency):
+    ids = torch.tensor([150, 3, 77, 9])
+    with PLERowCache(checkpoint, capacity_rows=4, residency=residency, initial_ids=ids) as cache:
+        assert (cache.stats.bytes_read, cache.stats.resident_nbytes) == (4 * ROW_NBYTES, 4 * ROW_NBYTES)
+        assert torch.equal(cache.rows(ids).view(4, -1).view(torch.int16), table[ids].view(torch.int16))
+        assert (cache.stats.hits, cache.stats.misses) == (4, 0)
+        cache.rows(torch.tensor([200]))
+        assert cache.stats.evictions == 1
 
 
 def test_a_capacity_in_bytes_is_as_many_rows_as_fit(checkpoint):

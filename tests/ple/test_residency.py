@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from epic_quant.errors import SpecError
 from epic_quant.ple import simulation
-from epic_quant.ple.residency import NAMES, Residency
+from epic_quant.ple.residency import HALF_LIFE_CAPACITIES, NAMES, WINDOW_SHARE, Residency
 
 ROWS = 12
 streams = st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=80)
@@ -173,7 +173,19 @@ def test_no_residency_beats_the_optimum(name, stream, capacity):
 def test_the_most_frequent_rows_are_the_best_static_ones(stream, capacity):
     trace = np.array(stream)
     counts = sorted((stream.count(row) for row in range(ROWS)), reverse=True)
-    assert simulation.static(trace, simulation.most_frequent(trace, capacity, ROWS)) == sum(counts[:capacity])
+    assert simulation.static(trace, simulation.by_frequency(trace)[:capacity]) == sum(counts[:capacity])
+
+
+def test_ids_by_frequency_are_the_seen_ones_the_lower_of_equals_first():
+    assert simulation.by_frequency(np.array([7, 2, 9, 9, 2, 5])).tolist() == [2, 9, 5, 7]
+
+
+@given(streams, st.sampled_from([0.01, 0.5, 0.9, 0.95, 0.99, 1.0]))
+def test_fewer_static_rows_than_the_fewest_do_not_reach_the_rate(stream, rate):
+    trace = np.array(stream)
+    rows = simulation.fewest_static(trace, rate)
+    hits = [simulation.static(trace, simulation.by_frequency(trace)[:count]) for count in (rows - 1, rows)]
+    assert hits[0] < rate * len(stream) <= hits[1]
 
 
 def test_a_long_trace_is_simulated_exactly():
@@ -193,7 +205,26 @@ def test_an_unknown_residency_is_refused_with_the_near_ones():
         Residency.named("lrv", ROWS, 1)
 
 
-@pytest.mark.parametrize("name", ["lru", "w-lrfu"])
-def test_static_ids_are_refused_where_none_are_kept(name):
-    with pytest.raises(SpecError, match="keeps none"):
-        Residency.named(name, ROWS, 2, np.array([1]))
+@given(streams, capacities, st.permutations(range(ROWS)))
+def test_an_lru_that_starts_from_a_list_has_looked_it_up_from_its_end(stream, capacity, ids):
+    residency = Residency.named("lru", ROWS, capacity, np.array(ids))
+    assert set(np.flatnonzero(residency.slot_of >= 0)) == set(ids[:capacity])
+    expected = plain_lru([*ids[:capacity][::-1], *stream], capacity)[capacity:]
+    assert [residency.look_up(np.array([row])).hits for row in stream] == expected
+
+
+@given(streams, st.integers(5, ROWS), st.permutations(range(ROWS)))
+def test_a_w_lrfu_that_starts_from_a_list_has_looked_it_up_from_its_end(stream, capacity, ids):
+    window_rows, half_life = capacity // WINDOW_SHARE, HALF_LIFE_CAPACITIES * capacity
+    expected = plain_w_lrfu([*ids[:capacity][::-1], *stream], window_rows, capacity - window_rows, half_life)
+    residency = Residency.named("w-lrfu", ROWS, capacity, np.array(ids))
+    assert residency.look_up(np.array(stream)).hits == sum(expected[capacity:])
+
+
+@given(streams, st.integers(2, ROWS), st.permutations(range(ROWS)))
+def test_of_a_list_static_and_lru_pins_the_first_half_and_starts_the_lru_with_the_rest(stream, capacity, ids):
+    pinned, others = ids[: capacity // 2], ids[capacity // 2 : capacity]
+    lru = iter(plain_lru([*others[::-1], *(row for row in stream if row not in pinned)], len(others))[len(others) :])
+    expected = [row in pinned or next(lru) for row in stream]
+    residency = Residency.named("static+lru", ROWS, capacity, np.array(ids))
+    assert residency.look_up(np.array(stream)).hits == sum(expected)

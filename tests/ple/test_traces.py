@@ -28,30 +28,6 @@ def test_a_zipf_trace_has_its_exponent_over_shuffled_ids(exponent):
     assert 350 < top.mean() < 650, "the frequent ids lie all over the table"
 
 
-def test_words_get_an_id_each_over_the_whole_table(tmp_path):
-    (tmp_path / "a.py").write_text("one = two(one)", encoding="utf-8")
-    (tmp_path / "b.py").write_text("two", encoding="utf-8")
-    trace = traces.words(100, 50, seed=0, files=tmp_path.iterdir())
-    text = ["one", "=", "two", "(", "one", ")"]
-    pieces = ["two", *text] if trace[0] == trace[3] else [*text, "two"]
-    assert len(trace) == len(pieces)
-    assert len(set(trace.tolist())) == len(set(pieces)) == 5
-    assert len({(word, row) for word, row in zip(pieces, trace.tolist(), strict=True)}) == 5
-    assert trace.max() < 50
-
-
-def test_the_standard_library_gives_a_long_trace():
-    trace = traces.words(50_000, ROWS, seed=0)
-    assert len(trace) == 50_000
-    assert len(np.unique(trace)) > 1000
-    assert np.array_equal(trace, traces.words(50_000, ROWS, seed=0))
-
-
-def test_words_of_nothing_are_refused(tmp_path):
-    with pytest.raises(TokenError, match="no source files"):
-        traces.words(10, 10, seed=0, files=[])
-
-
 def test_ids_are_read_from_a_npy_file(tmp_path):
     np.save(tmp_path / "ids.npy", np.array([[1, 2], [3, 1]], dtype=np.uint16))
     loaded = traces.load_ids(tmp_path / "ids.npy", 4)

@@ -19,6 +19,8 @@ from epic_quant.records.subjects import (
     PLEHitsRecord,
     PLEHotRecord,
     PLEMemoryRecord,
+    PLEStartRecord,
+    PLETextRecord,
     PricesRecord,
     QualityRecord,
     SensitivityRecord,
@@ -175,6 +177,42 @@ def _ple_hits():
             tokens=1000,
             distinct=800,
             met_before=0.96,
+            original_rows=5000,
+        )
+        yield entry(record, 0.01)
+
+
+def _ple_starts():
+    published = {"a manual": {"tokens": 225_861, "lowest_ids": 0.32, "90%": 1566, "95%": 3275}}
+    for text, source in (("Zipf 1.0", "a tokenizer; not checked"), ("own.npy", None)):
+        record = PLETextRecord(
+            text=text,
+            hit_rate=0.5,
+            tokens=2000,
+            rows={"90%": 500, "95%": 1000},
+            row_nbytes=21_504,
+            original_rows=5000,
+            source=source,
+            published=published if source else {},
+        )
+        yield entry(record, 0.01)
+    for start, residency, misses in (
+        ("nothing", "lru", (300.0, 273.4)),
+        ("the shipped list", "static", (80.0, 39.6)),
+        ("the shipped list", "lru", (60.0, 31.4)),
+    ):
+        record = PLEStartRecord(
+            trace="Zipf 1.0",
+            residency=residency,
+            start=start,
+            hit_rate=0.982,
+            capacities=(500, 5000),
+            misses=misses,
+            hit_rates=(0.95, 0.982),
+            row_nbytes=21_504,
+            tokens=1000,
+            places=10,
+            list_rows=0 if start == "nothing" else 7785,
             original_rows=5000,
         )
         yield entry(record, 0.01)
@@ -407,6 +445,7 @@ SUBJECTS = {
     "sensitivity": _sensitivity,
     "prices": _prices,
     "ple_hits": _ple_hits,
+    "ple_starts": _ple_starts,
     "ple_speed": _ple_speed,
     "ple_guard": _ple_guard,
     "kv": _kv,

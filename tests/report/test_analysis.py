@@ -8,6 +8,8 @@ from epic_quant.records import JSON_KEY
 from epic_quant.records.subjects import (
     KVRecord,
     PLEHitsRecord,
+    PLEStartRecord,
+    PLETextRecord,
     QualityRecord,
     SensitivityRecord,
     SyntheticRecord,
@@ -287,6 +289,20 @@ def test_the_best_residency_does_not_know_the_future(run):
     assert [(way.target, way.record.residency) for way in ple.best(found)] == [(0.9, "lru"), (0.95, "lru")]
     assert ple.best(found)[0].of_optimum == pytest.approx(10 ** (2 / 3) * 10)
     assert ple.lowest_ids_rate(found) == 0.2
+
+
+def test_published_texts_follow_the_measured_ones_once_each(run):
+    found = ple.texts(run("ple_starts").of(PLETextRecord))
+    assert [(text.name, text.is_measured, text.lowest_ids) for text in found] == [
+        ("Zipf 1.0", True, 0.5), ("own.npy", True, 0.5), ("a manual", False, 0.32)
+    ]  # fmt: skip
+    assert found[-1].rows == {"90%": 1566, "95%": 3275}
+
+
+def test_starts_are_compared_at_the_originals_rows_with_an_empty_one(run):
+    records = run("ple_starts").of(PLEStartRecord, residency="lru")
+    assert ple.starts(records) == {"nothing": 273.4, "the shipped list": 31.4}
+    assert ple.starts(records[1:]) == ple.starts(records[:1]) == {}
 
 
 @pytest.mark.parametrize(

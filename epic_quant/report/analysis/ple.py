@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from epic_quant.records.subjects import LOWEST_IDS, OPTIMUM, PLEColdRecord, PLEGuardRecord, PLEHitsRecord, PLEHotRecord
+from epic_quant.records.subjects import (
+    EMPTY_START,
+    LOWEST_IDS,
+    OPTIMUM,
+    PLEColdRecord,
+    PLEGuardRecord,
+    PLEHitsRecord,
+    PLEHotRecord,
+    PLEStartRecord,
+    PLETextRecord,
+)
 from epic_quant.report.formatting import quotient
 from epic_quant.results.run import Run
 from epic_quant.spec import PolicySpec, Target, TensorClass, WeightSpec
@@ -37,6 +47,18 @@ class Reached:
 
 
 @dataclass(frozen=True)
+class Text:
+    """Which ids a text uses: the share of the lowest ones, and by hit rate the rows of the best static choice."""
+
+    name: str
+    is_measured: bool
+    tokens: float | None
+    lowest_ids: float | None
+    rows: Mapping[str, float]
+    row_nbytes: int
+
+
+@dataclass(frozen=True)
 class Marked:
     """Tensors that a policy stores below eight bits, and the divergence of that alone, where it was measured."""
 
@@ -47,7 +69,7 @@ class Marked:
     kl_divergence: float | None
 
 
-def curve(record: PLEHitsRecord) -> list[tuple[int, float]]:
+def curve(record: PLEHitsRecord | PLEStartRecord) -> list[tuple[int, float]]:
     """Rows and hit rate, ascending in rows."""
     return sorted(zip(record.capacities, record.hit_rates, strict=True))
 
@@ -80,6 +102,30 @@ def best(records: Sequence[PLEHitsRecord]) -> list[Reached]:
 def lowest_ids_rate(records: Sequence[PLEHitsRecord]) -> float | None:
     """The hit rate of as many of the lowest ids as the original keeps."""
     return next((one.hit_rate for one in records if one.residency == LOWEST_IDS), None)
+
+
+def texts(records: Sequence[PLETextRecord]) -> list[Text]:
+    """The texts that were measured, then those that were measured elsewhere, each once."""
+    found = [Text(one.text, True, one.tokens, one.hit_rate, one.rows, one.row_nbytes) for one in records]
+    for one in records:
+        for name, figures in one.published.items():
+            rows = {target: figures[target] for target in one.rows if target in figures}
+            found.append(Text(name, False, figures.get("tokens"), figures.get("lowest_ids"), rows, one.row_nbytes))
+    return [text for place, text in enumerate(found) if text not in found[:place]]
+
+
+def misses(record: PLEStartRecord, rows: int) -> float | None:
+    """Misses in the first tokens at a capacity."""
+    return dict(zip(record.capacities, record.misses, strict=True)).get(rows)
+
+
+def starts(records: Sequence[PLEStartRecord]) -> dict[str, float]:
+    """Misses of an LRU in the first tokens at the original's rows, by what it holds at the start, where that is known.
+
+    Nothing to compare is an empty result: no start from a list, or none from nothing.
+    """
+    found = {one.start: count for one in records if (count := misses(one, one.original_rows)) is not None}
+    return found if EMPTY_START in found and len(found) > 1 else {}
 
 
 def layer_lookups(records: Sequence[PLEHotRecord]) -> float | None:

@@ -53,7 +53,7 @@ class Section:
 
 _WEIGHTS, _PLE = "benchmarks/test_weights.py", "benchmarks/test_ple.py"
 _KV, _QUALITY = "benchmarks/test_kv.py", "benchmarks/test_quality.py"
-_PLE_SPEED = ("ple_hot", "ple_cold", "ple_memory")
+_PLE_HITS, _PLE_SPEED = ("ple_hits", "ple_text", "ple_start"), ("ple_hot", "ple_cold", "ple_memory")
 
 SECTIONS = (
     Section("Footprint", ("footprint",), "benchmarks/test_footprint.py", footprint.blocks, footprint.findings),
@@ -62,7 +62,7 @@ SECTIONS = (
     Section("Synthetic weights", ("synthetic",), _WEIGHTS, synthetic.blocks, synthetic.findings),
     Section("Blocks", ("block",), "benchmarks/test_block.py", block.blocks, block.findings),
     Section("Kernels", ("kernels",), "benchmarks/test_kernels.py", kernels.blocks, kernels.findings),
-    Section("PLE row cache: hits", ("ple_hits",), _PLE, ple_hits.blocks, ple_hits.findings),
+    Section("PLE row cache: hits", _PLE_HITS, _PLE, ple_hits.blocks, ple_hits.findings),
     Section("PLE row cache: speed", _PLE_SPEED, _PLE, ple_speed.blocks, ple_speed.findings),
     Section("PLE below eight bits", ("ple_guard",), _PLE, ple_guard.blocks, ple_guard.findings),
     Section("KV cache: errors", ("kv",), _KV, kv_errors.blocks, kv_errors.findings),
@@ -78,6 +78,7 @@ SECTIONS = (
 KEY_FINDINGS: tuple[tuple[str, _Findings], ...] = (
     ("sensitivity", sensitivity.findings),
     ("prices", prices.findings),
+    ("ple_text", ple_hits.text_findings),
     ("ple_hits", ple_hits.key_findings),
     ("kv_divergence", kv_divergence.findings),
     ("quality", recipe.findings),
