@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
         "Predict what a policy does to the model's predictions, from a run's prices and without the model.",
         [
             "python -m epic_quant.predict out.json --policy int4-g128",
-            "python -m epic_quant.predict out.json --policy mlp=int3-g128,kv=bf16 --policy @recipe.policy",
+            "python -m epic_quant.predict out.json --policy mlp=int3-g128,kv=bf16 --policy=@recipe.policy",
         ],
         "0; 2 where nothing can be predicted.",
     )

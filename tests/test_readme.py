@@ -40,7 +40,7 @@ def test_the_python_example_in_the_readme_runs(monkeypatch, capsys):
 def test_every_policy_in_the_readme_is_one():
     from epic_quant.spec import PolicySpec
 
-    texts = re.findall(r"--policy '?([a-z0-9_=@.,:+-]+)'?", README)
+    texts = re.findall(r"--policy[ =]'?([a-z0-9_=@.,:+-]+)'?", README)
     assert len(texts) >= 8
     for text in texts:
         if not text.startswith("@"):

@@ -6,7 +6,7 @@ import argparse
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -61,6 +61,7 @@ class Run:
         self.options = options
         self.isa = kernels.isa()
         asked = [command_line.policy_of(text) for text in self.options.policy]
+        _check_names(asked)
         kv_policies = [*map(KVSpec.parse, self.options.kv_policy)] or NAMED_KV.values()
         self.kv_policies = {"bf16": NAMED_KV["bf16"]} | {policy.name: policy for policy in kv_policies}
         source = self.options.checkpoint or DEFAULT_CHECKPOINT
@@ -383,6 +384,14 @@ _READ: Mapping[str, Callable[[Run], object]] = {
     "divergences": lambda run: run.windows(1, 2),
     "evaluation_hessians": lambda run: None if run.is_large else run.windows(1, 2),
 }
+
+
+def _check_names(policies: Iterable[PolicySpec]) -> None:
+    """Raise SpecError where two that differ have one name, as files of one name in two folders: one would be lost."""
+    by_name: dict[str, PolicySpec] = {}
+    for policy in policies:
+        if by_name.setdefault(policy.name, policy) != policy:
+            raise SpecError(f"--policy: two different policies are called {policy.name}; rename one of the files")
 
 
 def _library_versions() -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,10 @@ def pytest_configure(config: pytest.Config) -> None:
     reason = untimed(config)
     if reason and config.getoption("benchmark_json", None):
         raise pytest.UsageError(f"no --benchmark-json can be written: nothing is timed, since {reason}")
+    for option, value in pairwise(config.invocation_params.args):
+        if option == "--policy" and value.startswith("@"):
+            # pytest puts the file's lines in its place before a plugin sees it, and has no option against that.
+            pytest.exit(f"{option} {value}: pytest takes the file's lines as arguments; write {option}={value}", 2)
     if runs_benchmarks(config):
         run_of(config)
 
@@ -62,7 +67,7 @@ def runs_benchmarks(config: pytest.Config) -> bool:
 
 def facts(config: pytest.Config) -> dict[str, Any]:
     """The run's facts, with the command line, without the folders of the machine in front of file names."""
-    shortened = (re.sub(r"(^|=)(/|[A-Za-z]:\\)[^=]*[/\\]", r"\1", word) for word in config.invocation_params.args)
+    shortened = (re.sub(r"(^@?|=@?)(/|[A-Za-z]:\\)[^=]*[/\\]", r"\1", word) for word in config.invocation_params.args)
     return run_of(config).facts | {"arguments": shlex.join(["pytest", *shortened])}
 
 

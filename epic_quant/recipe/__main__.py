@@ -18,7 +18,7 @@ from epic_quant.results.predictions import measured_line, predicted_lines, price
 from epic_quant.results.prices import Prediction, Prices
 from epic_quant.results.reading import read_run
 from epic_quant.results.run import Run
-from epic_quant.spec import BF16, Target
+from epic_quant.spec import Target
 from epic_quant.units import parse_nbytes
 
 
@@ -60,6 +60,7 @@ def _write(lines: Iterable[str], path: Path) -> None:
 def _description(recipe: Recipe, prediction: Prediction) -> Iterator[str]:
     yield recipe.policy.name
     yield from predicted_lines(prediction)
+    yield f"optimality gap: at most {recipe.gap:.2g} of the least sum without cross terms, before exchanges for them"
     yield f"resident: {recipe.resident_nbytes:,} bytes, all weights, PLE rows, norms and KV cache"
     yield f"weights: {recipe.nbytes:,} bytes, {recipe.bits_per_weight:.4g} bits a weight"
 
@@ -71,20 +72,19 @@ def _measured(run: Run, recipe: Recipe, prediction: Prediction, out: Path | None
     checkpoint = run.facts["checkpoint"]
     chosen = ["--checkpoint", checkpoint["source"]] if checkpoint["kind"] == "user" else []
     file = out or Path("recipe.policy")
-    words = ["pytest", "benchmarks/test_quality.py", *chosen, "--policy", f"@{file}", "--benchmark-json", "recipe.json"]
+    words = ["pytest", "benchmarks/test_quality.py", *chosen, f"--policy=@{file}", "--benchmark-json", "recipe.json"]
     write = "" if out else f"write it with --out {file}, then "
     return f"measured divergence:  none in this JSON; to measure it: {write}{shlex.join(words)}"
 
 
 def _types(prices: Prices, recipe: Recipe) -> dict[Target, str]:
     """The nearest of llama.cpp's types for every tensor, those that were kept in bf16 among them."""
-    types = {}
-    for priced in prices.tensors:
-        assert priced.target is not None
-        spec = recipe.policy.spec_of(priced.target)
-        nbytes = priced.whole_nbytes if spec == BF16 else priced.nbytes[priced.index(str(spec))]
-        types[priced.target] = nearest_type(spec, 8 * nbytes / priced.numel)
-    return types
+    nbytes = prices.nbytes_by_tensor(recipe.policy)
+    return {
+        priced.target: nearest_type(recipe.policy.spec_of(priced.target), 8 * nbytes[priced.name] / priced.numel)
+        for priced in prices.tensors
+        if priced.target is not None
+    }
 
 
 def _llama_cpp_notes(prices: Prices, recipe: Recipe, types: dict[Target, str]) -> Iterator[str]:
@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         [
             "pytest benchmarks/test_quality.py --benchmark-json out.json",
             "python -m epic_quant.recipe out.json --budget 3.5GB",
-            "python -m epic_quant.recipe out.json --budget 3.5GB --out recipe.policy   (for --policy @recipe.policy)",
+            "python -m epic_quant.recipe out.json --budget 3.5GB --out recipe.policy   (for --policy=@recipe.policy)",
             "python -m epic_quant.recipe out.json --bits 4.2 --format llama.cpp",
         ],
         "0; 2 where no recipe can be made.",

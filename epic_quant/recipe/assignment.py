@@ -17,7 +17,17 @@ from epic_quant.errors import RecipeError, unknown
 from epic_quant.recipe.exchange import Shares, improved
 from epic_quant.recipe.program import Option, assign
 from epic_quant.results.prices import Priced, Prices
-from epic_quant.spec import BF16, KV_CACHE, KVSpec, PLESpec, PolicySpec, Target, TensorClass, WeightSpec
+from epic_quant.spec import (
+    BF16,
+    KV_CACHE,
+    KVSpec,
+    PLESpec,
+    PolicySpec,
+    Target,
+    TensorClass,
+    WeightSpec,
+    recipe_name,
+)
 
 # What has one spec: each tensor, a class in a layer, a kind in all layers, or a whole class.
 By = Literal["tensor", "layer", "kind", "class"]
@@ -53,7 +63,8 @@ class Recipe:
     """The choice of every unit, and what comes with them.
 
     `resident_nbytes` counts all that the model needs in RAM. `predicted` is in nats a token, on the calibration text,
-    with the cross terms between units; `alone` is without them.
+    with the cross terms between units; `alone` is without them. `gap` is how far, as a part of it, the sum of the
+    units' own prices can have been above the least before exchanges were made.
     """
 
     policy: PolicySpec
@@ -61,6 +72,7 @@ class Recipe:
     resident_nbytes: int
     predicted: float
     alone: float
+    gap: float
 
     @property
     def nbytes(self) -> int:
@@ -82,12 +94,6 @@ class Recipe:
         """The average over all weights that were chosen for."""
         numel = sum(unit.numel for unit, _ in self.parts)
         return 8 * self.nbytes / numel if numel else math.nan
-
-
-def recipe_name(resident_nbytes: float) -> str:
-    """A recipe's short name, such as `recipe, 25.4 MB`: a policy string is too long for a table."""
-    megabytes = resident_nbytes / 1e6
-    return f"recipe, {megabytes:,.1f} MB" if megabytes < 1000 else f"recipe, {megabytes / 1000:,.2f} GB"
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,34 +241,28 @@ class Problem:
         return self._solved(units, costs, budget - fixed)
 
     def _solved(self, units: Sequence[Unit], costs: Sequence[Sequence[int]], budget: int) -> Recipe:
-        """The sum of the units' own prices is minimised exactly, and improved by exchanges that see the cross terms."""
-        options = [
-            [
-                Option(cost, self.prices.cost(choice.derivatives)[0])
-                for cost, choice in zip(its, unit.choices, strict=True)
-            ]
-            for its, unit in zip(costs, units, strict=True)
-        ]
+        """The sum of the units' own prices is minimised, and improved by exchanges that see the cross terms."""
+        losses = [[self.prices.cost(choice.derivatives)[0] for choice in unit.choices] for unit in units]
+        options = [list(map(Option, *both)) for both in zip(costs, losses, strict=True)]
         shares = [
             Shares(np.array(its, dtype=np.int64), np.stack([choice.derivatives for choice in unit.choices]))
             for its, unit in zip(costs, units, strict=True)
         ]
-        return self._recipe(units, improved(shares, assign(options, budget), budget))
+        assignment = assign(options, budget)
+        return self._recipe(units, improved(shares, assignment.chosen, budget), assignment.gap)
 
-    def _recipe(self, units: Sequence[Unit], chosen: Sequence[int]) -> Recipe:
+    def _recipe(self, units: Sequence[Unit], chosen: Sequence[int], gap: float = 0.0) -> Recipe:
         parts = tuple((unit, unit.choices[index]) for unit, index in zip(units, chosen, strict=True))
         predicted = self.prices.cost(_total([choice.derivatives for _, choice in parts]))[0] if parts else 0.0
-        resident = self._resident_nbytes(units, parts)
+        resident = self._fixed_nbytes(units) + sum(choice.resident_nbytes for _, choice in parts)
         return Recipe(
             policy=self._policy(parts).renamed(recipe_name(resident)),
             parts=parts,
             resident_nbytes=resident,
             predicted=predicted,
             alone=math.fsum(self.prices.cost(choice.derivatives)[0] for _, choice in parts),
+            gap=gap,
         )
-
-    def _resident_nbytes(self, units: Sequence[Unit], parts: Iterable[tuple[Unit, Choice]]) -> int:
-        return self._fixed_nbytes(units) + sum(choice.resident_nbytes for _, choice in parts)
 
     def _policy(self, parts: Iterable[tuple[Unit, Choice]]) -> PolicySpec:
         specs: dict[Target, WeightSpec] = {}

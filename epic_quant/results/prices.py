@@ -121,8 +121,12 @@ class Prices:
 
     def nbytes(self, policy: PolicySpec) -> int:
         """Bytes of all matrices as a policy stores them, whole tables included. Raises SpecError as `predict`."""
+        return sum(self.nbytes_by_tensor(policy).values())
+
+    def nbytes_by_tensor(self, policy: PolicySpec) -> dict[str, int]:
+        """Those of each by its name. Raises SpecError as `predict`."""
         stored = {priced.name: priced.nbytes[priced.index(spec)] for priced, spec in self.stored(policy)}
-        return sum(stored.get(priced.name, priced.whole_nbytes) for priced in self.tensors)
+        return {priced.name: stored.get(priced.name, priced.whole_nbytes) for priced in self.tensors}
 
     @property
     def numel(self) -> int:

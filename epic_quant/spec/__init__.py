@@ -8,7 +8,7 @@ from epic_quant.spec.formats import FORMATS, FormatInfo
 from epic_quant.spec.kv import NAMED_KV, KVSpec, KVStorageSpec, LayerKVSpec, PCASpec
 from epic_quant.spec.layers import format_layers, parse_layers
 from epic_quant.spec.ple import RESIDENCIES, PLESpec
-from epic_quant.spec.policy import KV_CACHE, NAMED, NOISE_FLOOR, REFERENCE, PolicySpec
+from epic_quant.spec.policy import KV_CACHE, NAMED, NOISE_FLOOR, REFERENCE, PolicySpec, recipe_name
 from epic_quant.spec.tensors import KINDS, Target, TensorClass
 from epic_quant.spec.weight import BF16, WeightSpec
 
@@ -34,4 +34,5 @@ __all__ = [
     "WeightSpec",
     "format_layers",
     "parse_layers",
+    "recipe_name",
 ]

@@ -249,3 +249,9 @@ NAMED: Mapping[str, PolicySpec] = {
         _named("ternary-g128", "lru:5000", "ternary-g128", "ternary-g128", "int8-g128"),
     )
 }
+
+
+def recipe_name(resident_nbytes: float | None, decimals: int = 1, kv: str = "") -> str:
+    """What a recipe goes by, such as `recipe, 25.4 MB`, for a policy string is too long; `kv` stands after `recipe`."""
+    size = "" if resident_nbytes is None else f", {resident_nbytes / 1e6:,.{decimals}f} MB"
+    return f"recipe{kv}{size}"

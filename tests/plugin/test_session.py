@@ -57,6 +57,7 @@ def test_kv_policies_are_measured_on_any_checkpoint(model, tmp_path, run_pytest)
     [
         (["--policy", "original-2"], "unknown policy 'original-2'; did you mean original-"),
         (["--policy", "mpl=int4"], "unknown tensor class 'mpl'"),
+        (["--policy=@none.policy"], "none.policy: no such file; expected one that holds a policy"),
         (["--kv-policy", "orginal"], "unknown KV spec 'orginal'; did you mean original"),
         (["--checkpoint", "none/at/all"], "none/at/all: no such file or folder"),
         (["--checkpoint", "benchmarks/facts"], "no weights in this folder"),
@@ -69,6 +70,55 @@ def test_bad_input_is_one_line_status_2_and_no_json(options, message, tmp_path, 
     assert sum(message in line for line in printed.splitlines()) == 1
     assert "Traceback" not in printed
     assert list(out.parent.iterdir()) == []
+
+
+@pytest.fixture
+def policy_files(tmp_path):
+    """Files of one name in three folders; the last says the same as the first, in two lines."""
+    files = []
+    for folder, text in (("one", "mlp=int4"), ("two", "mlp=int8"), ("three", "mlp=int4,\nkv=bf16\n")):
+        files.append(tmp_path / folder / "small.policy")
+        files[-1].parent.mkdir()
+        files[-1].write_text(text, encoding="utf-8")
+    return files
+
+
+def test_policy_files_name_their_policies_and_those_of_one_name_must_say_the_same(
+    model, policy_files, tmp_path, run_pytest
+):
+    """A result goes by its policy's name, so one of two would be lost."""
+    out = tmp_path / "out.json"
+
+    def run(*files):
+        policies = [f"--policy=@{file}" for file in files]
+        return run_pytest("benchmarks/test_footprint.py", "--checkpoint", model, *policies, "--benchmark-json", out)
+
+    one, two, three = policy_files
+    status, printed = run(one, two)
+    assert status == 2
+    said = "--policy: two different policies are called small; rename one of the files"
+    assert sum(said in line for line in printed.splitlines()) == 1
+    assert "Traceback" not in printed
+    assert not out.exists()
+    status, printed = run(one, three)
+    assert status == 0, printed
+    facts = json.loads(out.read_text(encoding="utf-8"))[JSON_KEY]
+    assert facts["policies"] == ["bf16", "small"]
+    assert facts["policy_strings"]["small"].startswith("mlp=int4,")
+    assert "--policy=@small.policy" in facts["arguments"]
+    assert str(tmp_path) not in facts["arguments"]
+
+
+@pytest.mark.parametrize("which", [0, 2], ids=["one line", "two lines"])
+def test_a_policy_file_after_a_space_is_refused_with_what_to_write(which, model, policy_files, tmp_path, run_pytest):
+    """Its lines would stand in its place, since pytest reads them as arguments, and the policy would lose its name."""
+    out, file = tmp_path / "out.json", policy_files[which]
+    options = ["--checkpoint", model, "--policy", f"@{file}", "--benchmark-json", out]
+    status, printed = run_pytest("benchmarks/test_footprint.py", *options)
+    assert status == 2
+    assert sum(f"; write --policy=@{file}" in line for line in printed.splitlines()) == 1
+    assert "Traceback" not in printed
+    assert not out.exists()
 
 
 def test_a_plan_measures_nothing(model, tmp_path, run_pytest):

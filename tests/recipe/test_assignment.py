@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from epic_quant.errors import RecipeError
-from epic_quant.recipe.assignment import BY, Problem, recipe_name
-from epic_quant.recipe.program import Option, assign
-from epic_quant.spec import BF16, KVSpec, PLESpec, PolicySpec, Target, TensorClass
+from epic_quant.recipe.assignment import BY, Problem
+from epic_quant.recipe.program import MAX_GAP, Option, assign
+from epic_quant.spec import BF16, KVSpec, PLESpec, PolicySpec, Target, TensorClass, recipe_name
 
 from .conftest import BITS, NUMEL, PARTS, make_prices
 
@@ -207,12 +207,17 @@ def test_three_hundred_tensors_with_fifteen_specs_are_solved_near_the_dual_bound
     prices = make_prices(0, bits, numel, common=0.5)
     assert len(prices.tensors) > 300
     recipe = Problem(prices, {"norms": 1e6}).within_bits(4.2)
-    # The best sum of prices is within the solver's gap of the dual bound of the relaxed problem.
+    # The best sum of prices is no worse than the proved gap, and near the dual bound of the relaxed problem.
     units = Problem(prices, {"norms": 1e6}).units
     options = [[Option(choice.nbytes, prices.cost(choice.derivatives)[0]) for choice in unit.choices] for unit in units]
     budget = int(4.2 * sum(numel.values()) / 8)
-    best = sum(options[unit][index].loss for unit, index in enumerate(assign(options, budget)))
-    assert best <= dual_bound(options, budget) * 1.01
+    chosen, gap = assign(options, budget)
+    best = sum(options[unit][index].loss for unit, index in enumerate(chosen))
+    assert gap <= MAX_GAP
+    assert recipe.gap == gap
+    assert sum(options[unit][index].cost for unit, index in enumerate(chosen)) <= budget
+    bound = dual_bound(options, budget)
+    assert bound * (1 - 1e-9) <= best <= bound * 1.001
     assert recipe.predicted <= prices.predict(recipe.policy).kl_divergence * (1 + 1e-5)
 
 

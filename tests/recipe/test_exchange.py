@@ -38,7 +38,7 @@ def test_exchanges_stay_within_the_budget_and_never_raise_the_divergence(seed, p
     units = problem(seed)
     least, most = least_cost(own_prices(units)), sum(int(unit.costs.max()) for unit in units)
     budget = least + int(part * (most - least))
-    chosen = assign(own_prices(units), budget)
+    chosen = assign(own_prices(units), budget).chosen
     better = improved(units, chosen, budget)
     assert cost_of(units, better) <= budget
     assert mean_square(units, better) <= mean_square(units, chosen) * (1 + 1e-6)
@@ -62,7 +62,7 @@ def test_a_planted_pair_of_cancelling_errors_is_found(seed, cost):
     spare = Shares(np.array([5, 2]), np.outer([0.1, 0.11], rng.normal(size=TOKENS)).astype("f4"))
     units = [first, second, spare]
     budget = 25
-    chosen = assign(own_prices(units), budget)
+    chosen = assign(own_prices(units), budget).chosen
     assert chosen[:2] == [0, 0]
     better = improved(units, chosen, budget)
     assert better[:2] == [0, 1]

@@ -31,8 +31,9 @@ def test_a_policy_goes_through_a_file(data, write, tmp_path, capsys):
     path, file = write(data), tmp_path / "small.policy"
     assert main([str(path), "--bits", "4", "--out", str(file)]) == 0
     capsys.readouterr()
-    assert predict.main([str(path), "--policy", f"@{file}"]) == 0
-    assert capsys.readouterr().out.startswith("small\n")
+    for form in (["--policy", f"@{file}"], [f"--policy=@{file}"]):
+        assert predict.main([str(path), *form]) == 0
+        assert capsys.readouterr().out.startswith("small\n")
 
 
 def test_measured_stands_beside_predicted_where_the_run_has_it(data, write, capsys):

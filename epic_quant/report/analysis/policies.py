@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from epic_quant.errors import SpecError
 from epic_quant.records.subjects import RESIDENT, THIS_CHECKPOINT, BlockRecord, FootprintRecord, QualityRecord
 from epic_quant.report.analysis.pareto import front
-from epic_quant.report.formatting import megabytes, quotient
+from epic_quant.report.formatting import quotient
 from epic_quant.results.run import Run, distinct
-from epic_quant.spec import NAMED, NOISE_FLOOR, REFERENCE, PolicySpec
+from epic_quant.spec import NAMED, NOISE_FLOOR, REFERENCE, PolicySpec, recipe_name
 
 _MOST_DECIMALS = 6
 
@@ -181,10 +181,7 @@ def _recipe_name(run: Run, policy: str, decimals: int) -> str:
     record = run.one(QualityRecord, policy=policy)
     nbytes = record.resident_nbytes if record else resident_nbytes(run).get(policy)
     kv = f" with K and V {record.kv}" if record and record.kv not in (None, "chosen") else ""
-    if nbytes is None:
-        return f"recipe{kv}"
-    size = megabytes(nbytes) if decimals == 1 else f"{nbytes / 1e6:,.{decimals}f}"
-    return f"recipe{kv}, {size} MB"
+    return recipe_name(nbytes, decimals, kv)
 
 
 def legend_name(run: Run, policy: str, called: str) -> str:
