@@ -171,8 +171,8 @@ def test_ladder(
     if spec.gptq and tensor_class not in MULTIPLIED:
         pytest.skip("a table that is looked up has no inputs to fit to")
     cols = run.tensors_of(tensor_class)[0].shape[1]
-    if not spec.fits(cols):
-        pytest.skip(f"a group of {spec.group_size} does not divide rows of {cols}")
+    if misfit := spec.misfit(cols):
+        pytest.skip(misfit)
     hessians = hessians_for(spec)
     if spec.gptq and not hessians:
         pytest.skip("no --hessians given, and gathering them on a checkpoint over 1 GB is a run of its own")

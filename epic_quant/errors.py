@@ -25,7 +25,7 @@ class SpecError(EpicQuantError):
 
 
 class QuantizationError(EpicQuantError):
-    """A weight that cannot be quantized as asked: NaN, infinity, or a group that does not divide the row."""
+    """A weight that cannot be quantized as asked: NaN, infinity, or a group or block that does not divide the row."""
 
 
 class TokenError(EpicQuantError):

@@ -74,7 +74,7 @@ def spec_of(policy: PolicySpec, tensor: TextTensor) -> WeightSpec | None:
 def check(policy: PolicySpec, config: TextConfig) -> None:
     """Raise SpecError where a policy does not fit the model.
 
-    That is a layer or kind of tensor that the model does not have, or a group that does not divide a tensor's rows.
+    That is a layer or kind of tensor that the model does not have, or a group or block that does not divide the rows.
     """
     tensors = [tensor for tensor in expected_tensors(config) if tensor.target is not None]
     there = {wider for tensor in tensors if tensor.target is not None for wider in tensor.target.covering}
@@ -86,11 +86,8 @@ def check(policy: PolicySpec, config: TextConfig) -> None:
             raise SpecError(f"kv@{layer}={kv}: this model has layers 0 to {config.num_layers - 1}")
     for tensor in tensors:
         found = spec_of(policy, tensor)
-        if found is not None and not found.fits(tensor.shape[1]):
-            raise SpecError(
-                f"{found}: a group of {found.group_size} does not divide the rows of {tensor.shape[1]} weights of "
-                f"{tensor.name}"
-            )
+        if found is not None and (misfit := found.misfit(tensor.shape[1])):
+            raise SpecError(f"{found}: {misfit} ({tensor.name})")
 
 
 def tensor_nbytes(policy: PolicySpec, tensor: TextTensor) -> int:

@@ -31,8 +31,10 @@ def test_a_layer_that_the_model_does_not_have_is_refused(text, toy_checkpoint):
 
 
 def test_a_group_that_does_not_divide_the_rows_is_refused_before_anything_is_read(toy_checkpoint):
-    with pytest.raises(SpecError, match=r"int4-g32: a group of 32 .* 48 weights of layers\.0\.mlp\.gate_proj\.weight"):
+    with pytest.raises(SpecError, match=r"int4-g32: a group of 32 .* 48 weights \(layers\.0\.mlp\.gate_proj\.weight"):
         weights_under(toy_checkpoint, "mlp=int4-g32")
+    with pytest.raises(SpecError, match=r"q4_k: rows of 48 weights are no multiple of 256 \(layers\.0\.mlp\.gate_proj"):
+        weights_under(toy_checkpoint, "mlp=q4_k")
 
 
 def test_weights_are_quantized_as_their_class_says(toy_checkpoint):
@@ -75,5 +77,6 @@ def test_bytes_of_a_tensor_are_those_that_are_stored(toy_checkpoint):
 
 def test_a_policy_is_checked_from_the_config_alone(e4b):
     check(PolicySpec.parse("mlp.down_proj@41=int4-g128,kv@3=int4"), e4b)
+    check(PolicySpec.parse("mlp=q4_k,sliding_attention=q2_k,ple_table=q8_0,embedding=q6_k,ple_projections=tq1_0"), e4b)
     with pytest.raises(SpecError, match="mlp@42=int4"):
         check(PolicySpec.parse("mlp@42=int4"), e4b)

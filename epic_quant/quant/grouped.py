@@ -198,8 +198,8 @@ class GroupedMatrix:
 
 def resolved(spec: WeightSpec, cols: int) -> WeightSpec:
     """The spec with the Hadamard block that fits rows of `cols`. Raises QuantizationError where the group does not."""
-    if not spec.fits(cols):
-        raise QuantizationError(f"a group of {spec.group_size} does not divide a row of {cols}")
+    if misfit := spec.misfit(cols):
+        raise QuantizationError(misfit)
     block = hadamard.block_for(cols, spec.hadamard_block)
     return spec if block == spec.hadamard_block else replace(spec, hadamard_block=block)
 

@@ -1,4 +1,4 @@
-"""A recipe as arguments of llama.cpp's `llama-quantize`, with the nearest of its types.
+"""A recipe as arguments of llama.cpp's `llama-quantize`: ggml's types as they are, other formats as the nearest type.
 
 Each argument is `--tensor-type REGEX=TYPE`. The tool searches the expression in a tensor's name and, over its versions,
 takes the first or the last that matches, so these are anchored and no tensor matches two (tools/quantize/README.md and
@@ -11,24 +11,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
-from epic_quant.spec import BF16, Target, TensorClass, WeightSpec
+from epic_quant.spec import BF16, FORMATS, Target, TensorClass, WeightSpec
 
-# Weights and bytes of a block: gguf-py's GGML_QUANT_SIZES.
-_BLOCKS: Mapping[str, tuple[int, int]] = {
-    "q2_K": (256, 84),
-    "q3_K": (256, 110),
-    "q4_K": (256, 144),
-    "q5_K": (256, 176),
-    "q6_K": (256, 210),
-    "q8_0": (32, 34),
-    "bf16": (1, 2),
-}
-# Three levels a weight, so these stand for ternary formats alone.
-_TERNARY_BLOCKS: Mapping[str, tuple[int, int]] = {"tq1_0": (256, 54), "tq2_0": (256, 66)}
-
+# Types by the format of this project that is the same, as llama.cpp writes them, and their bits a weight.
+_TYPES: Mapping[str, str] = {name: name.replace("_k", "_K") for name, info in FORMATS.items() if info.block_nbytes}
 BITS: Mapping[str, float] = {
-    name: 8 * nbytes / weights for name, (weights, nbytes) in {**_BLOCKS, **_TERNARY_BLOCKS}.items()
+    "bf16": 16.0,
+    **{ggml: 8 * FORMATS[name].block_nbytes / FORMATS[name].block_size for name, ggml in _TYPES.items()},
 }
+
+# The types that stand for other formats: those with three levels a weight for ternary ones alone.
+_NEAREST = ("q2_K", "q3_K", "q4_K", "q5_K", "q6_K", "q8_0", "bf16")
+_NEAREST_TERNARY = ("tq1_0", "tq2_0")
 
 # The names of a layer's tensors, after `blk.LAYER.`, and of the tables: gguf-py's MODEL_TENSOR_NAMES.
 _KINDS: Mapping[str, str] = {
@@ -49,10 +43,12 @@ _TABLES: Mapping[TensorClass, str] = {
 
 
 def nearest_type(spec: WeightSpec, bits_per_weight: float) -> str:
-    """The type that is nearest in bits to what a tensor takes under `spec`, among those of its kind."""
+    """The type that `spec` is, or that is nearest in bits to what a tensor takes under it, among those of its kind."""
     if spec == BF16:
         return "bf16"
-    types = _TERNARY_BLOCKS if spec.info.num_levels == 3 else _BLOCKS
+    if spec.format in _TYPES:
+        return _TYPES[spec.format]
+    types = _NEAREST_TERNARY if spec.info.num_levels == 3 else _NEAREST
     return min(types, key=lambda name: abs(BITS[name] - bits_per_weight))
 
 

@@ -67,6 +67,8 @@ class KVStorageSpec:
                 raise SpecError(f"{self}: {self.format} stores values as they are, without options")
             return
         info = self.quantizer.info  # Raises where the format, group or Hadamard block is wrong.
+        if not info.has_groups:
+            raise SpecError(f"{self}: blocks of {info.block_size} weights are not for K and V")
         if self.block_tokens is not None and self.group_size is not None:
             raise SpecError(f"{self}: scales are either for groups of dims or for blocks of tokens, not for both")
         # Eight codes of any width are whole bytes.
@@ -79,7 +81,7 @@ class KVStorageSpec:
             if self.pca.format not in FORMATS:
                 raise SpecError(f"{unknown('format', self.pca.format, FORMATS)} (in {str(self)!r})")
             infos.append(FORMATS[self.pca.format])
-            if self.pca.directions < 1 or infos[-1].is_plain:
+            if self.pca.directions < 1 or not infos[-1].has_groups:
                 raise SpecError(f"{self}: +pca is 1 direction or more, stored in a format with scales")
             if self.center_tokens is None:
                 raise SpecError(f"{self}: +pca finds its directions in the tokens of a center")

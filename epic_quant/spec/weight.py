@@ -20,7 +20,9 @@ class WeightSpec:
 
     `group_size` is how many weights of a row share a scale; None is one scale a row. `hadamard_block` is the block of
     the Hadamard transform that rotates rows before they are quantized; 0 is no rotation. `gptq` compensates the error
-    of a column in the columns that follow. Raises SpecError for an unknown format and for options that it cannot have.
+    of a column in the columns that follow. Formats of blocks, which are ggml's types, and bf16 have no options.
+
+    Raises SpecError for an unknown format and for options that it cannot have.
     """
 
     format: str
@@ -31,8 +33,9 @@ class WeightSpec:
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise SpecError(unknown("format", self.format, FORMATS))
-        if self.info.is_plain and (self.group_size is not None or self.hadamard_block or self.gptq):
-            raise SpecError(f"{self.format} stores values as they are: it takes no group, Hadamard block or gptq")
+        if not self.info.has_groups and (self.group_size is not None or self.hadamard_block or self.gptq):
+            how = "values as they are" if self.info.is_plain else f"blocks of {self.info.block_size} weights"
+            raise SpecError(f"{self.format} stores {how}: it takes no group, Hadamard block or gptq")
         if self.group_size is not None and self.group_size < 1:
             raise SpecError(f"the group size is {self.group_size}; expected 1 or more")
         if self.hadamard_block.bit_count() > 1 or not 0 <= self.hadamard_block <= MAX_HADAMARD_BLOCK:
@@ -75,9 +78,17 @@ class WeightSpec:
         """Weights that share a scale in rows of `num_cols`; a row shorter than the group is one."""
         return min(self.group_size or num_cols, num_cols)
 
+    def misfit(self, num_cols: int) -> str | None:
+        """Why rows of `num_cols` weights do not fall into whole groups or blocks; None where they do."""
+        if num_cols % self.info.block_size:
+            return f"rows of {num_cols} weights are no multiple of {self.info.block_size}"
+        if num_cols % self.group_of(num_cols):
+            return f"a group of {self.group_size} does not divide rows of {num_cols} weights"
+        return None
+
     def fits(self, num_cols: int) -> bool:
-        """Whether rows of `num_cols` weights fall into whole groups."""
-        return num_cols % self.group_of(num_cols) == 0
+        """Whether rows of `num_cols` weights fall into whole groups or blocks."""
+        return self.misfit(num_cols) is None
 
     def with_dividing_group(self, num_cols: Iterable[int]) -> WeightSpec | None:
         """Itself with the group halved until it divides rows of all these lengths; None where it never does."""

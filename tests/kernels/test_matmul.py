@@ -21,7 +21,7 @@ parse = WeightSpec.parse
 # as no step of a kernel falls in with.
 GROUPS = ("", "-g16", "-g32", "-g64", "-g80", "-g128", "-g160", "-g384", "-g10")
 CODINGS = {"bits2", "bits3", "bits4", "bits8", "trits"}
-RULES = {name: format_named(name).rule for name, info in FORMATS.items() if not info.is_plain}
+RULES = {name: format_named(name).rule for name, info in FORMATS.items() if info.has_groups}
 KNOWN = [name for name, rule in RULES.items() if rule is not None and rule.coding in CODINGS]
 SPECS = [f"{name}{group}" for name in KNOWN for group in GROUPS]
 ISAS = kernels.isas()[:-1]

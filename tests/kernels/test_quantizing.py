@@ -18,7 +18,7 @@ from epic_quant.spec import FORMATS, WeightSpec
 
 parse = WeightSpec.parse
 
-NAMES = sorted(name for name, info in FORMATS.items() if not info.is_plain and format_named(name).rule is not None)
+NAMES = sorted(name for name, info in FORMATS.items() if info.has_groups and format_named(name).rule is not None)
 ISAS = kernels.isas()[:-1] or [kernels.REFERENCE]
 SUFFIXES = ["", "-g1", "-g4", "-g16", "-g128", "+had1", "+had2", "+had4", "+had16", "-g32+had256", "-g4+had1024"]
 COLS = [1, 2, 3, 5, 7, 8, 9, 15, 16, 31, 40, 127, 128, 160, 256, 640, 1024, 2561]

@@ -33,6 +33,18 @@ def test_rows_are_what_the_quantizer_makes_of_them(finite_checkpoint, weights, t
         assert cache.stats.resident_nbytes == 3 * cache.row_nbytes
 
 
+def test_rows_of_a_ggml_type_are_packed_as_any_others(tmp_path):
+    table = torch.randn(ROWS, 96, generator=torch.Generator().manual_seed(2)).bfloat16()
+    with Checkpoint.open(write_table(tmp_path, table, dim=16)) as checkpoint:
+        path = pack_table(checkpoint, WeightSpec("iq4_nl"), tmp_path / "packed.safetensors")
+        with PLERowCache(checkpoint, capacity_rows=3, packed=path) as cache:
+            expected = quantize(table, WeightSpec("iq4_nl")).rows(torch.tensor([7, 200])).dequantize()
+            assert torch.equal(cache.rows(torch.tensor([7, 200])).view(2, -1), expected)
+            assert cache.row_nbytes == 54
+        with pytest.raises(QuantizationError, match="rows of 96 weights are no multiple of 256"):
+            pack_table(checkpoint, WeightSpec("q4_k"), tmp_path / "none.safetensors")
+
+
 def test_a_packed_file_names_its_own_spec(finite_checkpoint, tmp_path):
     path = pack_table(finite_checkpoint, INT8, tmp_path / "packed.safetensors")
     with PLERowCache(finite_checkpoint, capacity_rows=3, packed=path) as cache:

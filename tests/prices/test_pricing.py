@@ -210,6 +210,16 @@ def test_a_group_is_halved_until_it_divides_the_rows_of_the_whole_class(toy_chec
     assert {one.candidates for one in prices.tensors if "mlp" in one.name} == {("int4-g16",)}
 
 
+def test_a_ggml_type_is_priced_where_its_blocks_divide_the_rows_of_the_whole_class(toy_checkpoint):
+    """Only rows of the PLE table, of 96 weights, are whole blocks of 32; none is one of 256."""
+    prices = price(toy_checkpoint, WINDOWS, [INT4, WeightSpec.parse("q8_0")])
+    assert [(one.name, one.candidates) for one in prices.tensors if "q8_0" in one.candidates] == [
+        ("embed_tokens_per_layer.weight", ("int4-g16", "q8_0"))
+    ]
+    with pytest.raises(SpecError, match="q4_k fits no tensor"):
+        price(toy_checkpoint, WINDOWS, [INT4, WeightSpec.parse("q4_k")])
+
+
 def test_windows_of_one_token_have_nothing_to_predict(toy_checkpoint):
     with pytest.raises(TokenError, match=r"windows of shape \[3, 1\] have nothing to predict"):
         price(toy_checkpoint, WINDOWS[:, :1], [INT4])

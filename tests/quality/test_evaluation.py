@@ -254,7 +254,7 @@ def test_wrong_policies_are_one_clear_line(policies, message, toy_checkpoint, wi
 
 
 def test_a_group_that_does_not_fit_names_the_tensor(toy_checkpoint, windows):
-    with pytest.raises(SpecError, match=r"x: int4-g32: a group of 32 .* of layers\.0\.mlp\.gate_proj\.weight"):
+    with pytest.raises(SpecError, match=r"x: int4-g32: a group of 32 .* \(layers\.0\.mlp\.gate_proj\.weight\)"):
         evaluate(toy_checkpoint, {"x": PolicySpec.parse("mlp=int4-g32")}, windows)
 
 

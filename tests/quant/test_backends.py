@@ -19,7 +19,7 @@ every_backend = pytest.mark.parametrize("backend", isas())
 @every_backend
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_backend_stores_and_decodes_the_same_bits(name, backend):
-    suffix = "" if FORMATS[name].is_plain else "-g64+had128"
+    suffix = "-g64+had128" if FORMATS[name].has_groups else ""
     expected = stored(WEIGHT, name + suffix, backend="reference")
     found = stored(WEIGHT, name + suffix, backend=backend)
     assert same_tensors(found, expected)
@@ -53,5 +53,5 @@ def test_a_backend_that_is_not_here_is_refused():
 
 
 def test_the_formats_with_kernels_in_memory_are_those_that_have_a_rule():
-    rules = {name for name, info in FORMATS.items() if not info.is_plain and format_named(name).rule is not None}
+    rules = {name for name, info in FORMATS.items() if info.has_groups and format_named(name).rule is not None}
     assert {name for name, device in backends.BACKENDS if device == "cpu"} == rules

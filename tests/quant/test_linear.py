@@ -29,11 +29,11 @@ def test_a_plain_weight_is_cast_to_the_input(x, weight, dtype):
 
 @pytest.mark.parametrize("backend", isas())
 @pytest.mark.parametrize(
-    "spec", ["bf16", "ternary", "int5", "int4-g32", "codebook3+had64", "int8+had16", "absmax3-packed"]
+    "spec", ["bf16", "ternary", "int5", "int4-g32", "codebook3+had64", "int8+had16", "absmax3-packed", "q8_0", "iq4_nl"]
 )
 def test_a_stored_weight_multiplies_as_its_decoded_form(x, weight, spec, backend, monkeypatch):
     quantized = stored(weight, spec, backend=backend)
-    for module in ("grouped", "plain"):
+    for module in ("grouped", "plain", "ggml.types"):
         monkeypatch.setattr(f"epic_quant.quant.{module}._CHUNK", 10 * 64)
     product = linear(x, quantized)
     assert product.shape == (2, 3, 48)

@@ -66,14 +66,19 @@ def test_tensors_that_agree_share_an_argument():
         ("ternary-g128", 1.745, "tq1_0"),
         ("ternary+had256", 1.6, "tq1_0"),
         ("absmax-ternary", 2.06, "tq2_0"),
+        ("q4_k", 4.5, "q4_K"),
+        ("q4_0", 4.5, "q4_0"),
+        ("iq4_nl", 4.5, "iq4_nl"),
+        ("q5_0", 5.5, "q5_0"),
+        ("tq2_0", 2.0625, "tq2_0"),
     ],
 )
-def test_the_nearest_type_has_as_many_levels_where_there_are_three(spec, bits, expected):
+def test_ggmls_own_formats_are_themselves_and_others_the_nearest_with_as_many_levels(spec, bits, expected):
     assert nearest_type(WeightSpec.parse(spec), bits) == expected
 
 
 def test_bits_are_those_that_llama_cpp_documents():
     assert BITS == {
         "q2_K": 2.625, "q3_K": 3.4375, "q4_K": 4.5, "q5_K": 5.5, "q6_K": 6.5625, "q8_0": 8.5,
-        "tq1_0": 1.6875, "tq2_0": 2.0625, "bf16": 16.0,
+        "q5_0": 5.5, "q4_0": 4.5, "iq4_nl": 4.5, "tq1_0": 1.6875, "tq2_0": 2.0625, "bf16": 16.0,
     }  # fmt: skip

@@ -92,6 +92,8 @@ def test_later_parts_override_what_they_cover(text, same):
         ("k=int4+center8+pca3-affine4+unbiased", "without a zero point"),
         ("k=bf16+center4", "without options"),
         ("k=int4+\n", "unknown stage"),
+        ("v=q8_0", "q8_0: blocks of 32 weights are not for K and V"),
+        ("k=int4+center8+pca3-q8_0", "in a format with scales"),
     ],
 )
 def test_a_wrong_kv_spec_is_one_clear_line(text, message):

@@ -45,6 +45,10 @@ def test_a_spec_reads_back(spec):
         ("bf16+had256", "bf16 stores values as they are"),
         ("bf16+gptq", "bf16 stores values as they are"),
         (" int4", "unknown format"),
+        ("q4_k-g32", "q4_k stores blocks of 256 weights: it takes no group"),
+        ("q8_0+had256", "q8_0 stores blocks of 32 weights"),
+        ("tq1_0+gptq", "tq1_0 stores blocks of 256 weights"),
+        ("Q4_K", "unknown format 'Q4_K'; did you mean q4_k"),
     ],
 )
 def test_an_unknown_spec_is_refused(spec, message):

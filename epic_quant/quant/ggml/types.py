@@ -1,0 +1,231 @@
+"""The types: a row for each, and the matrix that holds its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from epic_quant.errors import QuantizationError
+from epic_quant.quant.backends import REFERENCE
+from epic_quant.quant.formats import Format, check_finite, format_named
+from epic_quant.quant.ggml.fitting import Levels, fit_scales, fit_scales_and_minima
+from epic_quant.quant.ggml.layout import Bits, EightPairs, Field, Joined, Signed, Trits, read_fp16, write_fp16
+from epic_quant.quant.stored import StoredMatrix, bits_per_weight, row_chunks
+from epic_quant.spec import FORMATS as SPEC_FORMATS
+from epic_quant.spec import FormatInfo, WeightSpec
+
+# Weights worked on at a time: temporaries of 1 MB in fp32 stay in a core's cache.
+_CHUNK = 2**18
+# Added to every column's importance, of its mean: the same as error compensation adds to a Hessian.
+_DAMPING = 0.01
+
+
+class Groups(NamedTuple):
+    """Groups of a block that have scales of their own: whole multiples of the block's.
+
+    `field` holds them less the least, and after them those of the minima, where the byte `min_at` has their fp16 scale.
+    """
+
+    number: int
+    multiples: range
+    field: Field
+    min_at: int | None = None
+
+
+@dataclass(frozen=True)
+class BlockFormat(Format):
+    """A ggml type: what its codes are, where a block has them, and where its fp16 scale."""
+
+    name: str
+    levels: Levels
+    codes: Field
+    scale_at: int
+    groups: Groups | None = None
+
+    @property
+    def info(self) -> FormatInfo:
+        """The format's row in the table, which has the size of a block."""
+        return SPEC_FORMATS[self.name]
+
+    def quantize(
+        self, weight: Tensor, spec: WeightSpec, hessian: Tensor | None = None, backend: str | None = None
+    ) -> BlockMatrix:
+        """As `quant.quantize`. Scales saturate at 65504, and weights too small for the least one become zeros."""
+        rows, cols = weight.shape
+        ((dtype, size),) = self.layout(spec, (rows, cols)).values()
+        blocks = torch.empty(size, dtype=dtype, device=weight.device)
+        for chunk in row_chunks(rows, cols, _CHUNK):
+            values = weight[chunk].float()
+            check_finite(values, chunk.start)
+            blocks[chunk] = self.encode(values)
+        return BlockMatrix(blocks, spec)
+
+    def from_tensors(
+        self, spec: WeightSpec, tensors: Mapping[str, Tensor], shape: tuple[int, int], backend: str | None = None
+    ) -> StoredMatrix:
+        return BlockMatrix(tensors["blocks"], spec)
+
+    def layout(self, spec: WeightSpec, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        rows, cols = shape
+        if misfit := spec.misfit(cols):
+            raise QuantizationError(f"{spec}: {misfit}")
+        return {"blocks": (torch.uint8, (rows, cols // self.info.block_size * self.info.block_nbytes))}
+
+    def encode(self, weight: Tensor, importance: Tensor | None = None) -> Tensor:
+        """Rows [rows, cols] of whole blocks of finite fp32 weights, to uint8 [rows, row bytes].
+
+        `importance` [cols], at least 0, is how much a squared error counts in each column: the mean of the squared
+        inputs, a Hessian's diagonal. QuantizationError where it is something else.
+        """
+        count, multiples = (1, range(1, 2)) if self.groups is None else self.groups[:2]
+        group = self.info.block_size // count
+
+        def grouped(rows: Tensor) -> Tensor:
+            """[rows, cols] to [size, groups, n]."""
+            return rows.reshape(-1, count, group).permute(2, 1, 0).contiguous()
+
+        x = grouped(weight)
+        weights = None if importance is None else grouped(_damped(importance, weight.shape[1]).expand(weight.shape))
+        has_minima = self.groups is not None and self.groups.min_at is not None
+        fitted = (fit_scales_and_minima if has_minima else fit_scales)(x, weights, self.levels, multiples)
+        codes = self.levels.encode(fitted.levels).permute(2, 1, 0).flatten(1)
+        blocks = torch.zeros(len(codes), self.info.block_nbytes, dtype=torch.uint8, device=weight.device)
+        self.codes.write(blocks, codes)
+        write_fp16(blocks, self.scale_at, fitted.scale)
+        if self.groups is not None:
+            numbers = fitted.multiples - multiples[0]
+            if self.groups.min_at is not None:
+                numbers = torch.cat([numbers, fitted.min_multiples])
+                write_fp16(blocks, self.groups.min_at, fitted.min_scale)
+            self.groups.field.write(blocks, numbers.T.to(torch.uint8))
+        return blocks.view(len(weight), -1)
+
+    def decode(self, blocks: Tensor) -> Tensor:
+        """Rows of blocks, uint8 [rows, row bytes], to fp32 [rows, cols], rounded as ggml's own decoder rounds."""
+        rows, blocks = len(blocks), blocks.reshape(-1, self.info.block_nbytes)
+        values: Tensor = self.levels.decode(self.codes.read(blocks))
+        scale = read_fp16(blocks, self.scale_at)
+        if self.groups is None:
+            return values.mul_(scale).view(rows, -1)
+        numbers = self.groups.field.read(blocks).float()
+        multiples, min_multiples = numbers[:, : self.groups.number], numbers[:, self.groups.number :]
+        values = values.unflatten(1, (self.groups.number, -1))
+        values.mul_((scale * (multiples + self.groups.multiples[0])).unsqueeze(2))
+        if self.groups.min_at is not None:
+            values.sub_((read_fp16(blocks, self.groups.min_at) * min_multiples).unsqueeze(2))
+        return values.view(rows, -1)
+
+
+def _damped(importance: Tensor, cols: int) -> Tensor:
+    if importance.shape != (cols,) or not importance.isfinite().all() or (importance < 0).any():
+        raise QuantizationError(f"the importance of columns is no {cols} finite numbers that are at least 0")
+    return (importance / (importance.mean().item() or 1.0)).float() + _DAMPING
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class BlockMatrix:
+    """`blocks` [rows, row bytes] uint8, as a GGUF file has them."""
+
+    blocks: Tensor
+    spec: WeightSpec
+
+    def __repr__(self) -> str:
+        return f"BlockMatrix({self.spec}, {list(self.shape)}, {self.bits_per_weight:.3f} bits a weight)"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, nbytes = self.blocks.shape
+        return rows, nbytes // self.spec.info.block_nbytes * self.spec.info.block_size
+
+    @property
+    def nbytes(self) -> int:
+        return self.blocks.nbytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        return bits_per_weight(self)
+
+    def rows(self, ids: Tensor) -> BlockMatrix:
+        return replace(self, blocks=self.blocks.index_select(0, ids))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+        decoded = torch.empty(self.shape, dtype=dtype, device=self.blocks.device)
+        for chunk in row_chunks(*self.shape, _CHUNK):
+            decoded[chunk] = self._decoded(chunk).clamp_(-limit, limit)
+        return decoded
+
+    def matmul(self, x: Tensor, activations: str = "fp32") -> Tensor:
+        """As `StoredMatrix.matmul`; rows are decoded some at a time. Activations are never rounded."""
+        out = x.new_empty(*x.shape[:-1], self.shape[0])
+        for chunk in row_chunks(*self.shape, _CHUNK):
+            out[..., chunk] = functional.linear(x, self._decoded(chunk).to(x.dtype))
+        return out
+
+    def computed_by(self, activations: str = "fp32") -> str:
+        return REFERENCE
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"blocks": self.blocks}
+
+    def _decoded(self, rows: slice) -> Tensor:
+        stored_as = format_named(self.spec.format)
+        assert isinstance(stored_as, BlockFormat)
+        return stored_as.decode(self.blocks[rows])
+
+
+def _signed(bits: int) -> Levels:
+    return Levels(tuple(range(-(1 << bits - 1), 1 << bits - 1)))
+
+
+def _unsigned(bits: int) -> Levels:
+    return Levels(tuple(range(1 << bits)))
+
+
+_TERNARY = Levels((-1, 0, 1))
+_NON_LINEAR = Levels((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))
+
+_SCALES_AND_MINIMA = Groups(8, range(64), EightPairs(4), min_at=2)
+
+FORMATS = (
+    BlockFormat("q8_0", _signed(8), Signed(Bits(2, 32, 8, 32)), scale_at=0),
+    BlockFormat("q5_0", _signed(5), Joined((Bits(6, 16, 4, 16), Bits(2, 4, 1, 1, place=4))), scale_at=0),
+    BlockFormat("q4_0", _signed(4), Bits(2, 16, 4, 16), scale_at=0),
+    BlockFormat("iq4_nl", _NON_LINEAR, Bits(2, 16, 4, 16), scale_at=0),
+    BlockFormat("tq1_0", _TERNARY, Trits(), scale_at=52),
+    BlockFormat("tq2_0", _TERNARY, Bits(0, 64, 2, 32), scale_at=64),
+    BlockFormat(
+        "q6_k",
+        _signed(6),
+        Joined((Bits(0, 128, 4, 64), Bits(128, 64, 2, 32, place=4))),
+        scale_at=208,
+        groups=Groups(16, range(-128, 128), Signed(Bits(192, 16, 8, 16))),
+    ),
+    BlockFormat(
+        "q5_k",
+        _unsigned(5),
+        Joined((Bits(48, 128, 4, 32), Bits(16, 32, 1, 32, place=4))),
+        scale_at=0,
+        groups=_SCALES_AND_MINIMA,
+    ),
+    BlockFormat("q4_k", _unsigned(4), Bits(16, 128, 4, 32), scale_at=0, groups=_SCALES_AND_MINIMA),
+    BlockFormat(
+        "q3_k",
+        _signed(3),
+        Joined((Bits(32, 64, 2, 32), Bits(0, 32, 1, 32, place=2))),
+        scale_at=108,
+        groups=Groups(16, range(-32, 32), Joined((Bits(96, 8, 4, 8), Bits(104, 4, 2, 4, place=4)))),
+    ),
+    BlockFormat(
+        "q2_k",
+        _unsigned(2),
+        Bits(16, 64, 2, 32),
+        scale_at=80,
+        groups=Groups(16, range(16), Bits(0, 16, 4, 16), min_at=82),
+    ),
+)
