@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 from tabulate import tabulate
-from tokenizers import Tokenizer
 
+from epic_quant.checkpoint import Checkpoint
 from epic_quant.ple import simulation, traces
 from epic_quant.ple.residency import HALF_LIFE_CAPACITIES, WINDOW_SHARE, Residency
+from epic_quant.text import text_ids
 
 MODEL = Path(__file__).parent / "mini_gemma4"
 REAL_IDS = Path(__file__).parent / "facts" / "traces" / "gemma3-tokens.npz"
@@ -29,11 +30,11 @@ HALF_LIVES = (2, 8, 32, 128)  # capacities
 
 def main() -> None:
     """Print the mean hit rate of every setting, best first."""
-    text = (MODEL / "calibration.txt").read_text("utf-8")
-    tokens = Tokenizer.from_file(str(MODEL / "tokenizer.json")).encode(text).ids
+    with Checkpoint.open(MODEL) as checkpoint:
+        tokens = text_ids(checkpoint, MODEL / "calibration.txt")
     cases = [
         *((ids[: len(ids) // 2], (500, 1000, 2000)) for ids in traces.load_texts(REAL_IDS).values()),
-        (np.array(tokens, dtype=np.int64), (50, 200, 500, 1000)),
+        (tokens, (50, 200, 500, 1000)),
         (traces.zipf(0.9, ZIPF_TOKENS, TABLE_ROWS, 7), (1000, 5000)),
         (traces.zipf(1.1, ZIPF_TOKENS, TABLE_ROWS, 8), (1000, 5000)),
     ]

@@ -14,9 +14,10 @@ from dataclasses import asdict
 from functools import cache
 
 import pytest
+from safetensors import SafetensorError
 
 from epic_quant import footprint, kv
-from epic_quant.errors import RecipeError, SpecError
+from epic_quant.errors import RecipeError, ReportError, SpecError
 from epic_quant.files import atomic
 from epic_quant.gemma4.tensors import expected_tensors
 from epic_quant.policy import tensor_nbytes
@@ -98,8 +99,11 @@ def prices(run, pytestconfig, hessians_for):
         )
         elapsed_s = time.perf_counter() - start
     if (path := run.prices_file) is not None:
-        with atomic(path) as unfinished:
-            write_prices(found, unfinished)
+        try:
+            with atomic(path) as unfinished:
+                write_prices(found, unfinished)
+        except (OSError, SafetensorError) as error:
+            raise ReportError(f"{path}: cannot be written: {error}") from error
     return found, elapsed_s
 
 

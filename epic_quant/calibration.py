@@ -18,7 +18,7 @@ from tqdm import tqdm
 from epic_quant import command_line
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import CheckpointError
-from epic_quant.files import safetensors_writer
+from epic_quant.files import read_text, safetensors_writer
 from epic_quant.gemma4.block import plain_linear
 from epic_quant.gemma4.config import TextConfig
 from epic_quant.gemma4.model import begin
@@ -98,8 +98,11 @@ def gather(checkpoint: Checkpoint, text: Path, windows: Tensor, path: Path, *, p
 
 
 def text_sha256(path: Path) -> str:
-    """The hex digest that identifies a text, to check that fitting and evaluation do not share one."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """The hex digest that identifies a text, to check that fitting and evaluation do not share one.
+
+    A byte-order mark and the kind of line breaks do not count. Raises OSError and ValueError as `files.open_text`.
+    """
+    return hashlib.sha256(read_text(path).encode()).hexdigest()
 
 
 def _stored_name(name: str) -> str:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from epic_quant.errors import CheckpointError, ConfigError, TokenError, unknown
+from epic_quant.files import read_text
 
 # The dtypes of the safetensors format that torch has too.
 _DTYPES = {
@@ -104,11 +105,14 @@ class Checkpoint:
         Raises CheckpointError for missing or damaged files.
         """
         text = source if isinstance(source, str) else source.as_posix()
+        if not text.strip():
+            raise CheckpointError("the name of the checkpoint is empty; expected a file, a folder or a hub id")
         place = Path(source)
-        if not place.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)", text):
+        # os.path: pathlib raises OSError where a name is too long, or a folder may not be looked into.
+        if not os.path.exists(place) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)", text):
             place = _hub_snapshot(text, download)
         files = _weight_files(place)
-        folder = place if place.is_dir() else place.parent
+        folder = place if os.path.isdir(place) else place.parent
         return cls(
             text, files, _companion(folder, "config.json", config), _companion(folder, "tokenizer.json", tokenizer)
         )
@@ -182,7 +186,7 @@ class Checkpoint:
         if self._config_path is None:
             raise ConfigError(f"{self.source}: no config.json beside the weights; name one with config=")
         try:
-            return _parse_object(self._config_path.read_bytes())
+            return _parse_object(read_text(self._config_path))
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self._config_path}: {error}") from error
 
@@ -212,11 +216,11 @@ def _open_again(source: str, config: Path | None, tokenizer: Path | None) -> Che
 
 def _weight_files(place: Path) -> dict[Path, list[str]]:
     """The .safetensors files of a file or folder, each with the tensors that an index promises to be in it."""
-    if place.is_file():
+    if os.path.isfile(place):
         if place.suffix != ".safetensors":
             raise CheckpointError(f"{place}: expected a .safetensors file or a folder with one")
         return {place: []}
-    if not place.is_dir():
+    if not os.path.isdir(place):
         raise CheckpointError(f"{place}: no such file or folder, and no hub id (owner/name)")
     if (place / "model.safetensors").is_file():
         return {place / "model.safetensors": []}
@@ -233,7 +237,7 @@ def _weight_files(place: Path) -> dict[Path, list[str]]:
 
 def _shards(index: Path) -> dict[Path, list[str]]:
     try:
-        weight_map = _parse_object(index.read_bytes()).get("weight_map")
+        weight_map = _parse_object(read_text(index)).get("weight_map")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{index}: {error}") from error
     if not isinstance(weight_map, dict) or not weight_map:
@@ -254,12 +258,12 @@ def _shards(index: Path) -> dict[Path, list[str]]:
 def _companion(folder: Path, name: str, given: str | Path | None) -> Path | None:
     if given is None:
         return folder / name if (folder / name).is_file() else None
-    if not Path(given).is_file():
+    if not os.path.isfile(given):
         raise CheckpointError(f"{given}: no such file, expected a {name}")
     return Path(given)
 
 
-def _parse_object(text: bytes) -> dict[str, Any]:
+def _parse_object(text: str | bytes) -> dict[str, Any]:
     """The JSON object in `text`; raises ValueError with a message that follows a path and a colon."""
 
     def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -270,7 +274,7 @@ def _parse_object(text: bytes) -> dict[str, Any]:
         return content
 
     try:
-        content = json.loads(text.decode("utf-8"), object_pairs_hook=without_repeats)
+        content = json.loads(text if isinstance(text, str) else text.decode(), object_pairs_hook=without_repeats)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"is not JSON ({error})") from error
     if not isinstance(content, dict):

@@ -9,10 +9,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from epic_quant import __version__
 from epic_quant.errors import EpicQuantError, SpecError
+from epic_quant.files import read_text
 from epic_quant.spec import NAMED, NOISE_FLOOR, PolicySpec
 
 _Main = Callable[[Sequence[str] | None], int]
@@ -21,10 +22,22 @@ _Main = Callable[[Sequence[str] | None], int]
 BROKEN_PIPE, INTERRUPTED = 141, 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses what is empty, as it is where a variable of the shell is not set."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        given = sys.argv[1:] if args is None else list(args)
+        for before, argument in zip(["", *given], given, strict=False):
+            name, is_joined, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+            if (is_joined or not name) and not value.strip():
+                self.error(f"argument {name or before}: is empty; is a variable of the shell not set?")
+        return super().parse_known_args(given, namespace)
+
+
 def parser(module: str, description: str, examples: Sequence[str], statuses: str) -> argparse.ArgumentParser:
     """A parser of `python -m epic_quant.MODULE` whose help ends with examples and exit statuses."""
     lines = ["examples:", *(f"  {example}" for example in examples), "", f"exit status: {statuses}"]
-    made = argparse.ArgumentParser(
+    made = _Parser(
         prog=f"python -m epic_quant.{module}",
         description=description,
         epilog="\n".join(lines),
@@ -60,10 +73,10 @@ def policy_of(text: str) -> PolicySpec:
         return PolicySpec.parse(text)
     path = Path(text[1:])
     try:
-        content = "".join(path.read_text(encoding="utf-8").split())
+        content = "".join(read_text(path).split())
     except FileNotFoundError:
         raise SpecError(f"{path}: no such file; expected one that holds a policy") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise SpecError(f"{path}: cannot be read as a policy: {error}") from error
     if not content:
         raise SpecError(f"{path}: is empty; expected a policy")

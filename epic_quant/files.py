@@ -1,7 +1,9 @@
-"""Files that are written whole or not at all."""
+"""Text files, whatever wrote them, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 import math
 import os
@@ -9,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 # Bytes of an element, by the names that safetensors has for dtypes.
 _ELEMENT_NBYTES = {
@@ -28,6 +31,25 @@ _ELEMENT_NBYTES = {
     "I64": 8,
     "F64": 8,
 }
+
+
+def open_text(path: Path) -> TextIO:
+    """A text in UTF-8, after its byte-order mark where it has one, with every line break as `\\n`.
+
+    Raises OSError, and ValueError where it is UTF-16 or UTF-32; reading raises ValueError where it is not UTF-8.
+    """
+    file = path.open("rb")
+    start = file.peek(4)[:4]
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in start:
+        file.close()
+        raise ValueError("it is UTF-16 or UTF-32, or no text; save it as UTF-8")
+    return io.TextIOWrapper(file, encoding="utf-8-sig")
+
+
+def read_text(path: Path) -> str:
+    """All of a text; raises OSError and ValueError as `open_text`."""
+    with open_text(path) as file:
+        return file.read()
 
 
 @contextmanager

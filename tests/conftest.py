@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -13,12 +16,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.gemma4.config import TextConfig
 
-_FACTS = Path(__file__).parents[1] / "benchmarks" / "facts"
+_REPOSITORY = Path(__file__).resolve().parents[1]
+_FACTS = _REPOSITORY / "benchmarks" / "facts"
 
 _E4B = {
     "vocab_size": 120,
@@ -109,6 +114,41 @@ def reference(toy: Callable[[str], Path]) -> Callable[[str, torch.dtype], Gemma4
     return load
 
 
+@pytest.fixture(scope="session")
+def process_of() -> Callable[..., dict[str, Any]]:
+    """The command and where and how to run it."""
+
+    def of(*arguments: object, cwd: Path = _REPOSITORY) -> dict[str, Any]:
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "NO_COLOR"))
+        }
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *map(str, arguments)]
+        return {"args": command, "cwd": cwd, "env": environment}
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def run_pytest(process_of: Callable[..., dict[str, Any]]) -> Callable[..., tuple[int, str]]:
+    """`run_pytest(*arguments)`: the exit status and what was printed, of `pytest` in the repository."""
+
+    def run(*arguments: object, **options: Path) -> tuple[int, str]:
+        process = process_of(*arguments, **options)
+        done = subprocess.run(**process, capture_output=True, encoding="utf-8", check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def numbers() -> Tokenizer:
+    """A tokenizer that knows the toys' tokens by their numbers, but 2, which is <bos>; 3 stands for all other words."""
+    vocab = {"<bos>" if number == 2 else str(number): number for number in range(120)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
 @pytest.fixture
 def toy_checkpoint(toy: Callable[[str], Path]) -> Iterator[Checkpoint]:
     """The toy of E4B's pattern, open."""
@@ -153,3 +193,10 @@ def e4b_sparse_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.unlink()
         pytest.skip("this file system has no sparse files")
     return path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A warning is an error in these tests, and nowhere else: what other plugins warn of ends no run of a user."""
+    for item in items:
+        if item.path.is_relative_to(_REPOSITORY / "tests"):
+            item.add_marker(pytest.mark.filterwarnings("error"))

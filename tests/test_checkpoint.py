@@ -302,6 +302,24 @@ def test_config_that_is_no_json_object_is_refused(folder: Path, text: str) -> No
         _ = checkpoint.config_json
 
 
+def test_a_config_and_an_index_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    model = shard(tmp_path / "model", one={"a": torch.zeros(2)})
+    (model / "config.json").write_text('\ufeff{"b": 1}', encoding="utf-8")
+    index = model / "model.safetensors.index.json"
+    index.write_text("\ufeff" + index.read_text("utf-8"), encoding="utf-8")
+    with Checkpoint.open(model) as checkpoint:
+        assert checkpoint.names == ("a",)
+        assert checkpoint.config_json == {"b": 1}
+
+
+@pytest.mark.parametrize(
+    ("source", "said"), [("", "is empty"), (" ", "is empty"), ("x" * 300, "no such file or folder")]
+)
+def test_a_source_that_can_be_no_name_is_refused_in_one_line(source: str, said: str) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        Checkpoint.open(source)
+
+
 @pytest.mark.usefixtures("mapping")
 def test_shards_open_as_one(tmp_path: Path) -> None:
     first, second = {"a": sample(torch.float32, 4, 2)}, {"b": sample(torch.bfloat16, 3), "c": torch.tensor(1)}

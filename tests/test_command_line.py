@@ -71,3 +71,15 @@ def test_text_is_utf8_with_its_own_line_breaks_on_every_system():
 def test_help_has_no_colours_off_a_terminal():
     done = subprocess.run([sys.executable, "-m", "epic_quant.report", "--help"], capture_output=True, check=True)
     assert b"\x1b" not in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["", "--out", "x"], ["out.json", "--out", ""], ["out.json", "--out="]])
+def test_what_is_empty_is_refused_by_its_name(arguments, capsys):
+    parser = command_line.parser("report", "", [], "")
+    parser.add_argument("json")
+    parser.add_argument("--out")
+    assert parser.parse_args(["out.json", "--out", "x"]).out == "x"
+    with pytest.raises(SystemExit) as left:
+        parser.parse_args(arguments)
+    assert left.value.code == 2
+    assert "is empty; is a variable of the shell not set?" in capsys.readouterr().err

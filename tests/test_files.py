@@ -6,9 +6,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from epic_quant.files import atomic, safetensors_writer
+from epic_quant.files import atomic, read_text, safetensors_writer
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8, "I64": torch.int64, "F16": torch.float16}
+
+
+@pytest.mark.parametrize("content", ["", "a", "é\n日", "\ufeff{}"])
+def test_a_text_is_read_without_its_byte_order_mark_and_utf16_is_refused(content, tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes(content.encode())
+    assert read_text(path) == content.removeprefix("\ufeff")
+    path.write_bytes(("a" + content).encode("utf-16"))
+    with pytest.raises(ValueError, match="UTF-16 or UTF-32"):
+        read_text(path)
 
 
 def test_what_is_written_replaces_what_was_there(tmp_path):

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
 
 from epic_quant.results import gate
 from epic_quant.units import parse_nbytes
+
+
+def _text(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; is a variable of the shell not set?")
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_text(text))
 
 
 def _positive(text: str) -> int:
@@ -32,13 +43,18 @@ def _rows(text: str) -> int | str:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The command line of the benchmarks."""
     group = parser.getgroup("epic_quant", "what is measured")
-    group.addoption("--checkpoint", metavar="SOURCE", help="file, folder or hub id (default: the small trained model)")
-    group.addoption("--config", metavar="FILE", help="config.json, where it is not beside the checkpoint")
-    group.addoption("--tokenizer", metavar="FILE", help="tokenizer.json, where it is not beside the checkpoint")
+    group.addoption(
+        "--checkpoint", type=_text, metavar="SOURCE", help="file, folder or hub id (default: the small trained model)"
+    )
+    group.addoption("--config", type=_text, metavar="FILE", help="config.json, where it is not beside the checkpoint")
+    group.addoption(
+        "--tokenizer", type=_text, metavar="FILE", help="tokenizer.json, where it is not beside the checkpoint"
+    )
     group.addoption("--download", action="store_true", help="download a hub id that is not in the local cache")
     group.addoption(
         "--policy",
         action="append",
+        type=_text,
         default=[],
         metavar="NAME_OR_STRING",
         help="measure this policy (repeatable; default: all named ones), such as int4-g128 or mlp=int4,ple=lru:5000; "
@@ -48,6 +64,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--kv-policy",
         action="append",
+        type=_text,
         default=[],
         metavar="NAME_OR_STRING",
         help="measure this KV policy (repeatable; default: all named ones), such as int4+had or k=int4-b64/v=int4",
@@ -56,11 +73,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--kv-context", type=_positive, default=4096, metavar="TOKENS", help="longest text that goes into a KV cache"
     )
     group.addoption("--rows", type=_rows, metavar="N|all", help="rows of each tensor whose error is taken")
-    group.addoption("--text", type=Path, metavar="FILE", help="evaluation text (default: the small model's eval.txt)")
+    group.addoption("--text", type=_path, metavar="FILE", help="evaluation text (default: the small model's eval.txt)")
     group.addoption(
-        "--calibration-text", type=Path, metavar="FILE", help="text that +gptq is fitted to, never evaluated on"
+        "--calibration-text", type=_path, metavar="FILE", help="text that +gptq is fitted to, never evaluated on"
     )
-    group.addoption("--hessians", type=Path, metavar="FILE", help="hessians that python -m epic_quant.calibration made")
+    group.addoption(
+        "--hessians", type=_path, metavar="FILE", help="hessians that python -m epic_quant.calibration made"
+    )
     group.addoption(
         "--windows",
         type=_positive,
@@ -82,6 +101,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--price",
         action="append",
+        type=_text,
         default=[],
         metavar="SPEC",
         help="price tensors under this spec (repeatable; default: the best at each width), such as int4-g64",
@@ -93,18 +113,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="RAM for evaluating quality, as 6GB (default: half of what is free)",
     )
     group.addoption(
-        "--resume", type=Path, metavar="FOLDER", help="keep the state of long evaluations there, and go on from it"
+        "--resume", type=_path, metavar="FOLDER", help="keep the state of long evaluations there, and go on from it"
     )
-    group.addoption("--ple-trace", type=Path, metavar="FILE", help="text or .npy ids to evaluate the PLE row cache on")
+    group.addoption("--ple-trace", type=_path, metavar="FILE", help="text or .npy ids to evaluate the PLE row cache on")
     group.addoption("--plan", action="store_true", help="print what would be measured and how long it takes, and stop")
     _add_outcome(parser)
 
 
 def _add_outcome(parser: pytest.Parser) -> None:
     group = parser.getgroup("epic_quant outcome", "results")
-    group.addoption("--fail-if", action="append", default=[], metavar=gate.METAVAR, help=gate.HELP)
+    group.addoption("--fail-if", action="append", type=_text, default=[], metavar=gate.METAVAR, help=gate.HELP)
     group.addoption(
-        "--baseline", type=Path, metavar="FILE", help="JSON of an older run, to compare every value and limit with"
+        "--baseline", type=_path, metavar="FILE", help="JSON of an older run, to compare every value and limit with"
     )
     group.addoption("--compare-times", action="store_true", help="compare times of different machines too")
-    group.addoption("--report", type=Path, metavar="DIR", help="make the report there when the run ends")
+    group.addoption("--report", type=_path, metavar="DIR", help="make the report there when the run ends")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shlex
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import pytest
@@ -65,7 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _check_folder(folder: Path) -> None:
     """Raise ReportError where a report could not be written at the end; nothing is created."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ReportError(f"{folder}: no report can be written there: {there} is no folder that can be written to")
 
@@ -86,6 +87,25 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
     for entry in output_json["benchmarks"]:
         entry["stats"].pop("data", None)
     config.stash[_OUTCOME].saved = True
+
+
+@pytest.hookimpl(wrapper=True, specname="pytest_sessionfinish")
+def pytest_sessionfinish_unwritten(session: pytest.Session) -> Generator[None]:
+    """One line and status 2 where pytest-benchmark cannot write its JSON, as on a full disk; the partial file stays."""
+    path: Path | None = session.config.getoption("benchmark_json", None)
+    try:
+        return (yield)
+    except OSError as error:
+        writes = any(
+            frame.f_globals.get("__package__") == "pytest_benchmark" for frame, _ in walk_tb(error.__traceback__)
+        )
+        if path is None or not writes:
+            raise
+        path.unlink(missing_ok=True)
+        outcome, writer = session.config.stash[_OUTCOME], journal_of(session.config).writer
+        kept = "" if writer is None else f"; what was measured is in {writer.path}"
+        outcome.saved, outcome.error = False, f"{path}: cannot be written: {error.strerror}{kept}"
+        session.exitstatus = 2
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

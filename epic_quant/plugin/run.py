@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -33,10 +32,11 @@ from epic_quant.quality.passes import default_memory_nbytes
 from epic_quant.records import SCHEMA_VERSION
 from epic_quant.results.prices import prices_path
 from epic_quant.spec import NAMED, NAMED_KV, NOISE_FLOOR, REFERENCE, KVSpec, PolicySpec, TensorClass, WeightSpec
-from epic_quant.text import open_tokenizer, token_windows
+from epic_quant.text import text_ids, token_windows
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-DEFAULT_CHECKPOINT = REPOSITORY / "benchmarks" / "mini_gemma4"
+BENCHMARKS = REPOSITORY / "benchmarks"
+DEFAULT_CHECKPOINT = BENCHMARKS / "mini_gemma4"
 SEED = 0
 
 # Above this size a checkpoint is large: see `Run.is_large`.
@@ -47,6 +47,9 @@ _DEFAULT_SAMPLED_ROWS = 256
 HESSIAN_WINDOWS, HESSIAN_WINDOW_TOKENS = 16, 512
 
 _LEAST_KV_CONTEXT = 128
+
+# Tokens of the evaluation text that are a trace of PLE rows: enough to fill the largest cache many times over.
+_MOST_TRACE_TOKENS = 2**18
 
 _DEFAULT_WINDOWS = 3
 # Windows of the calibration text that prices are taken on, for each of the evaluation text's: prices differ more from
@@ -64,7 +67,7 @@ class Run:
         _check_names(asked)
         kv_policies = [*map(KVSpec.parse, self.options.kv_policy)] or NAMED_KV.values()
         self.kv_policies = {"bf16": NAMED_KV["bf16"]} | {policy.name: policy for policy in kv_policies}
-        source = self.options.checkpoint or DEFAULT_CHECKPOINT
+        source = DEFAULT_CHECKPOINT if self.options.checkpoint is None else self.options.checkpoint
         self.is_default = Path(source).resolve() == DEFAULT_CHECKPOINT
         self.checkpoint = Checkpoint.open(
             source,
@@ -276,17 +279,15 @@ class Run:
     def token_ids(self, path: Path) -> Ids:
         """A file's tokens under the checkpoint's own tokenizer, or the ids in a .npy file: int64 [n].
 
+        Of the evaluation text it is the first 2^18 tokens.
+
         Raises TokenError where the file cannot be read, is too short to evaluate a cache on, or has an id out of range.
         """
         rows = self.config.ple_vocab_size
         if path.suffix == ".npy":
             return load_ids(path, rows)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise TokenError(f"{path}: cannot be read as UTF-8 text: {error}") from error
-        ids = open_tokenizer(self.checkpoint, self.config).encode(text, add_special_tokens=False).ids
-        return check_trace(np.array(ids, dtype=np.int64), rows, str(path))
+        most = _MOST_TRACE_TOKENS if path == self.text else None
+        return check_trace(text_ids(self.checkpoint, path, most), rows, str(path))
 
     def check_inputs(self, fixtures: Collection[str]) -> None:
         """Raise now the errors that the named files, and the texts that these fixtures read, would raise later."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ import pytest
 from epic_quant import kernels
 from epic_quant.errors import EpicQuantError
 from epic_quant.plan import plan, plan_prices
-from epic_quant.plugin.run import Run
+from epic_quant.plugin.run import BENCHMARKS, Run
 
 _RUN = pytest.StashKey[Run]()
 
@@ -62,7 +61,9 @@ def untimed(config: pytest.Config) -> str | None:
 
 def runs_benchmarks(config: pytest.Config) -> bool:
     """Whether a file or folder of benchmarks was named on the command line."""
-    return any("benchmarks" in Path(argument.partition("::")[0]).parts for argument in config.args)
+    folder = config.invocation_params.dir
+    paths = ((folder / argument.partition("::")[0]).resolve() for argument in config.args)
+    return any(BENCHMARKS in (path, *path.parents) for path in paths)
 
 
 def facts(config: pytest.Config) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from epic_quant.errors import ReportError, SpecError
+from epic_quant.files import read_text
 from epic_quant.records import JSON_KEY, SCHEMA_VERSION, Record
 from epic_quant.records.subjects import SUBJECTS
 from epic_quant.results.partial import SUFFIX, partial_path, read_partial
@@ -28,7 +31,8 @@ def read_run(path: Path) -> Run:
     """The run that a JSON file holds, or a partial file: see `data_path`.
 
     Raises ReportError on a file that cannot be read, is no JSON or cut off, is not pytest-benchmark's, has no records
-    of epic_quant, is of another schema, or has a damaged record.
+    of epic_quant, is of another schema, has a damaged record, or has the
+    same subject and labels twice, as where the records of two runs were put together.
     """
     source = data_path(path)
     return parse_run(read_partial(source) if _is_partial(source) else _json(source), str(source))
@@ -41,7 +45,7 @@ def data_path(path: Path) -> Path:
     partial file is.
     """
     beside = partial_path(path)
-    if _is_partial(path) or not beside.is_file():
+    if _is_partial(path) or not os.path.isfile(beside):
         return path
     try:
         _json(path)
@@ -61,7 +65,13 @@ def parse_run(data: Any, name: str) -> Run:
     if not isinstance(facts, dict) or not entries:
         raise ReportError(f"{name}: holds no records of epic_quant; {HOW_TO_MAKE_ONE}")
     _check_facts(name, facts)
-    run = Run({**_measured(data), **facts}, tuple(_record(name, entry) for entry in entries))
+    records = tuple(_record(name, entry) for entry in entries)
+    of_each = Counter((record.subject, tuple(sorted(record.labels.items()))) for record in records)
+    for (subject, labels), count in of_each.items():
+        if count > 1:
+            said = " ".join([subject, *(f"{label}={value}" for label, value in labels)])
+            raise ReportError(f"{name}: has {count} records of {said}; expected the records of one run, each once")
+    run = Run({**_measured(data), **facts}, records)
     try:
         _ = run.policies
     except (SpecError, TypeError) as error:
@@ -75,7 +85,7 @@ def _is_partial(path: Path) -> bool:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except FileNotFoundError:
         raise ReportError(f"{path}: no such file; {HOW_TO_MAKE_ONE}") from None
     except OSError as error:

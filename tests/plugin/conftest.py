@@ -1,7 +1,6 @@
 """pytest run as a user runs it, on a toy checkpoint with a tokenizer of its own."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -9,35 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="session")
-def process_of():
-    """The command and where and how to run it."""
-
-    def of(*arguments, cwd=REPOSITORY):
-        environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "NO_COLOR"))
-        }
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *map(str, arguments)]
-        return {"args": command, "cwd": cwd, "env": environment}
-
-    return of
-
-
-@pytest.fixture(scope="session")
-def run_pytest(process_of):
-    """`run_pytest(*arguments)`: the exit status and what was printed, of `pytest` in the repository."""
-
-    def run(*arguments, **options):
-        process = process_of(*arguments, **options)
-        done = subprocess.run(**process, capture_output=True, encoding="utf-8", check=False)
-        return done.returncode, done.stdout + done.stderr
-
-    return run
 
 
 @pytest.fixture(scope="session")
@@ -54,12 +26,10 @@ def run_report():
 
 
 @pytest.fixture(scope="session")
-def model(toy, tmp_path_factory):
+def model(toy, numbers, tmp_path_factory):
     """A toy checkpoint that knows every token of its small vocabulary by its number."""
     folder = shutil.copytree(toy("e4b"), tmp_path_factory.mktemp("model") / "toy")
-    tokenizer = Tokenizer(models.WordLevel({str(number): number for number in range(120)}, unk_token="3"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    numbers.save(str(folder / "tokenizer.json"))
     (folder / "text.txt").write_text(" ".join(str(4 + number % 100) for number in range(10_000)), encoding="utf-8")
     return folder
 

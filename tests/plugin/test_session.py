@@ -1,11 +1,15 @@
 """The options of a session and what it prints, with pytest run as a user runs it."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.records import JSON_KEY, SCHEMA_VERSION, Record
+from epic_quant.results.reading import read_run
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_the_json_names_what_was_run(finished, model):
@@ -156,3 +160,70 @@ def test_the_header_says_what_computes_and_refuses_what_is_not_there(isa, status
     assert ended == status
     # Without a native module the line says why instead.
     assert message in printed or "kernels: torch reference" in printed
+
+
+@pytest.mark.parametrize("option", ["--checkpoint", "--policy", "--text", "--report", "--resume", "--fail-if"])
+def test_an_option_that_is_given_empty_is_refused_by_its_name(option, run_pytest):
+    status, printed = run_pytest("benchmarks/test_footprint.py", option, "", "--collect-only")
+    assert status == 4
+    assert f"{option}: is empty; is a variable of the shell not set?" in printed
+
+
+def test_a_run_inside_the_folder_of_the_benchmarks_is_one(model, run_pytest):
+    where = REPOSITORY / "benchmarks"
+    status, printed = run_pytest("test_footprint.py", "--checkpoint", model, "--policy", "original-4", cwd=where)
+    assert status == 0, printed
+    assert "policies: bf16, original-4" in printed
+    status, printed = run_pytest("test_footprint.py", "--checkpoint", "none/at/all", cwd=where)
+    assert status == 2
+    assert "Traceback" not in printed
+
+
+WARNS = """
+import warnings
+def pytest_load_initial_conftests(): warnings.warn("at the start")
+def pytest_collection_finish(): warnings.warn("after collecting")
+def pytest_runtest_logstart(): warnings.warn("at a test")
+def pytest_sessionfinish(): warnings.warn("at the end")
+"""
+
+
+def test_what_another_plugin_warns_of_ends_no_run(model, run_pytest, tmp_path, monkeypatch):
+    (tmp_path / "it_warns.py").write_text(WARNS, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    options = ["--checkpoint", model, "--policy", "original-4", "-p", "it_warns"]
+    status, printed = run_pytest("benchmarks/test_footprint.py", *options)
+    assert status == 0, printed
+    assert "INTERNALERROR" not in printed
+
+
+def test_a_folder_that_takes_no_cache_of_pytest_ends_no_run(model, run_pytest, tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    options = ["--policy", "original-4", "-p", "cacheprovider", "-o", f"cache_dir={tmp_path / 'file'}"]
+    status, printed = run_pytest("benchmarks/test_footprint.py", "--checkpoint", model, *options)
+    assert status == 0, printed
+    assert "INTERNALERROR" not in printed
+
+
+FULL = """
+import errno, os
+from pytest_benchmark.session import BenchmarkSession
+def save_json(self, output_json):
+    self.json.write_bytes(b"{")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+BenchmarkSession.save_json = save_json
+"""
+
+
+def test_a_full_disk_is_one_line_and_the_partial_file_stays(model, run_pytest, tmp_path, monkeypatch):
+    (tmp_path / "full_disk.py").write_text(FULL, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    folder = tmp_path / "out"
+    folder.mkdir()
+    options = ["--policy", "original-4", "-p", "full_disk", "--benchmark-json", folder / "out.json"]
+    status, printed = run_pytest("benchmarks/test_footprint.py", "--checkpoint", model, *options)
+    assert status == 2, printed
+    assert "INTERNALERROR" not in printed
+    assert f"out.json: cannot be written: No space left on device; what was measured is in {folder}" in printed
+    assert [path.name for path in folder.iterdir()] == ["out.partial.jsonl"]
+    assert len(read_run(folder / "out.partial.jsonl").records) == 8

@@ -3,30 +3,24 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from epic_quant.records import JSON_KEY, Record
 from epic_quant.results.prices import read_prices
 from epic_quant.spec import PolicySpec, TensorClass
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 BY_LAYER = "mlp=int4,mlp@0-2+7=int8"
 RECIPES = [f"recipe at {policy}, K and V {kv}" for policy in ("mlp=int4", BY_LAYER) for kv in ("in bf16", "chosen")]
 AT_BITS = [f"recipe at {bits} bits, K and V in bf16" for bits in (2, 3, 4, 5, 6)]
 
 
 @pytest.fixture(scope="module")
-def options(toy, tmp_path_factory):
+def options(toy, numbers, tmp_path_factory):
     """A toy checkpoint that knows every token of its small vocabulary by its number, and two texts."""
     folder = shutil.copytree(toy("e4b"), tmp_path_factory.mktemp("model") / "toy")
-    tokenizer = Tokenizer(models.WordLevel({str(number): number for number in range(120)}, unk_token="3"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    numbers.save(str(folder / "tokenizer.json"))
     for name, step in (("evaluation", 1), ("calibration", 7)):
         text = " ".join(str(4 + number * step % 100) for number in range(60))
         (folder / f"{name}.txt").write_text(text, encoding="utf-8")
@@ -35,15 +29,14 @@ def options(toy, tmp_path_factory):
     return ["--checkpoint", folder, *texts, *policies, "--windows", "2", "--window-tokens", "12"]
 
 
-def pytest_run(*arguments):
+@pytest.fixture(scope="module")
+def pytest_run(run_pytest):
     """The exit status and what was printed, of `pytest benchmarks/test_quality.py` in the repository."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "benchmarks/test_quality.py"]
-    done = subprocess.run([*command, *map(str, arguments)], cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout + done.stderr
+    return partial(run_pytest, "benchmarks/test_quality.py")
 
 
 @pytest.fixture(scope="module")
-def finished(options, tmp_path_factory):
+def finished(options, pytest_run, tmp_path_factory):
     """What was printed, the records, and the folder of states."""
     folder = tmp_path_factory.mktemp("run")
     out = folder / "out.json"
@@ -104,7 +97,7 @@ def test_prices_lie_beside_the_json_and_recipes_come_of_them(finished):
         assert set(at["predicted"]) == {"tensor", "layer", "kind", "class"}
 
 
-def test_recipes_alone_can_be_made(options, tmp_path):
+def test_recipes_alone_can_be_made(options, pytest_run, tmp_path):
     """Their prices and qualities are measured for them."""
     status, printed = pytest_run(*options, "-k", "test_recipe", "--benchmark-json", tmp_path / "out.json")
     assert status == 0, printed
@@ -133,7 +126,7 @@ def test_the_plan_is_printed_and_states_are_kept(finished):
     assert sorted(path.name for path in finished[2].iterdir()) == names
 
 
-def test_a_plan_alone_counts_layers_where_they_are_asked_for(options):
+def test_a_plan_alone_counts_layers_where_they_are_asked_for(options, pytest_run):
     status, printed = pytest_run(*options, "--by-layer", "--plan")
     assert status == 0, printed
     # 43 of all layers; 10 + 2 attention layers, and 12 of the MLP and the PLE projections, by six; six KV sources.
@@ -149,7 +142,7 @@ def test_a_plan_alone_counts_layers_where_they_are_asked_for(options):
         (["--policy", "mlp@12=int4"], "mlp@12=int4: this model of 12 layers has no such tensor"),
     ],
 )
-def test_wrong_input_is_one_line_and_status_2(wrong, message, options, tmp_path):
+def test_wrong_input_is_one_line_and_status_2(wrong, message, options, pytest_run, tmp_path):
     """However many measurements rest on it."""
     status, printed = pytest_run(*options, *wrong, "-q", "--benchmark-json", tmp_path / "out.json")
     assert status == 2
@@ -158,7 +151,7 @@ def test_wrong_input_is_one_line_and_status_2(wrong, message, options, tmp_path)
     assert len(printed.splitlines()) < 40
 
 
-def test_the_state_of_other_policies_ends_the_run(options, finished):
+def test_the_state_of_other_policies_ends_the_run(options, pytest_run, finished):
     status, printed = pytest_run(
         *options, "--policy", "mlp=int3", "--resume", finished[2], "-k", "test_quality and bf16"
     )
@@ -166,7 +159,7 @@ def test_the_state_of_other_policies_ends_the_run(options, finished):
     assert "the state of a run with other policies, which differ in mlp=int3" in printed
 
 
-def test_an_invalid_size_is_refused(options):
+def test_an_invalid_size_is_refused(options, pytest_run):
     status, printed = pytest_run(*options, "--memory", "many")
     assert status == 4
     assert "--memory" in printed

@@ -31,6 +31,16 @@ def test_records_come_in_order_and_other_entries_are_ignored(run_json, write_jso
     assert run.facts == data[JSON_KEY]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_json(run_json, write_json):
+    assert len(read_run(write_json("\ufeff" + json.dumps(run_json("block")))).records) == 6
+
+
+def test_records_of_two_runs_put_together_are_refused_by_what_stands_twice(run_json, write_json):
+    data = run_json("quality")
+    data["benchmarks"] += run_json("quality")["benchmarks"]
+    assert "has 2 records of quality policy=bf16; expected the records of one run" in error_of(write_json(data))
+
+
 def test_the_median_becomes_the_records_time(run_json, write_json):
     run = read_run(write_json(run_json("block")))
     assert run.one(BlockRecord, policy="fp32", layer_type="full_attention", tokens=1).time_s == 0.004
