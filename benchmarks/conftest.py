@@ -4,6 +4,14 @@ from functools import cache
 
 import pytest
 
+from epic_quant.plugin.session import run_of
+
+
+def pytest_generate_tests(metafunc):
+    """A `layer_type` is every type of layer that the model has."""
+    if "layer_type" in metafunc.fixturenames:
+        metafunc.parametrize("layer_type", run_of(metafunc.config).layer_types)
+
 
 @pytest.fixture(scope="session")
 def hessians_for(run, tmp_path_factory):

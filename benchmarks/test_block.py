@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from epic_quant.gemma4.config import FULL, SLIDING, LayerSpec
+from epic_quant.gemma4.config import LayerSpec
 from epic_quant.gemma4.kv_store import ForwardKV
 from epic_quant.gemma4.model import Forward, attention_masks, begin, rope_tables
 from epic_quant.gemma4.weights import CheckpointWeights
 from epic_quant.metrics import relative_l2
+from epic_quant.plan import plan_forwards, plan_quantizing
 from epic_quant.policy import PolicyWeights
 from epic_quant.records.subjects import BlockRecord
 
@@ -21,6 +22,17 @@ WINDOW_TOKENS = 512
 # The tokens measured begin here: after BOS, whose hidden state is an outlier.
 FIRST_TOKEN = 128
 TOKENS = (1, 16, 256)
+
+
+def plan(run, counts):
+    """For `--plan`: a few layers of a forward, their weights quantized under every policy, and the rounds timed."""
+    layers = {spec.layer_type: spec.index for spec in reversed(run.config.layers)}.values()
+    quantizing_s = plan_quantizing(run.config, run.policies.values(), set(layers))
+    share = (max(layers) + 1) / run.config.num_layers
+    forward_s = plan_forwards(run.config, WINDOW_TOKENS)
+    rounds_s = 8 * forward_s / run.config.num_layers * sum(TOKENS) / len(TOKENS) / WINDOW_TOKENS
+    seconds = share * forward_s + quantizing_s + counts.total() * (0.3 + rounds_s)
+    yield f"about {seconds:,.0f} s, {quantizing_s:,.0f} s of it quantizing"
 
 
 @dataclass(frozen=True)
@@ -51,13 +63,14 @@ class Inputs:
 
 @pytest.fixture(scope="session")
 def block_inputs(run):
-    """The input of the first full layer and of the sliding one before it, on the evaluation text."""
+    """The input of a layer of each type, on the evaluation text: in E4B the first full one and the one before it."""
     weights = CheckpointWeights(run.checkpoint)
-    first_full = next(spec.index for spec in run.config.layers if spec.layer_type == FULL)
     hidden, forward = begin(weights, run.windows(1, WINDOW_TOKENS))
     inputs = {}
-    for spec in run.config.layers[: first_full + 1]:
+    for spec in run.config.layers:
         inputs[spec.layer_type] = Inputs(spec, hidden, forward)
+        if len(inputs) == len(run.layer_types):
+            break
         hidden = forward.layer(hidden, weights.layer(spec.index), spec)
     return inputs
 
@@ -98,11 +111,6 @@ def reference(run, block_inputs):
         return outputs[layer_type, tokens]
 
     return measure
-
-
-@pytest.fixture(params=[SLIDING, FULL])
-def layer_type(request):
-    return request.param
 
 
 @pytest.fixture(params=TOKENS)

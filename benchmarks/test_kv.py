@@ -1,5 +1,6 @@
 """The KV cache: bytes, errors by layer type, divergence in decoding, and the times of append and read, by KV policy."""
 
+import itertools
 import json
 import math
 import statistics
@@ -16,8 +17,9 @@ from epic_quant.gemma4.model import TextModel, head
 from epic_quant.gemma4.rope import rotated_dims
 from epic_quant.gemma4.weights import CheckpointWeights
 from epic_quant.kv import KVCache, nbytes
-from epic_quant.kv.attention_error import AttentionError, capture
+from epic_quant.kv.attention_error import STEP_TOKENS, AttentionError, capture
 from epic_quant.metrics import kl_divergence
+from epic_quant.plan import plan_forwards, plan_kv, plan_steps
 from epic_quant.records.subjects import KVBytesRecord, KVDivergenceRecord, KVRecord
 from epic_quant.spec import NAMED_KV
 
@@ -35,6 +37,25 @@ CHUNK = 32
 TIMED_TOKENS = 16
 TURNS = 3
 LENGTHS = (1024, 8192, 32_768, 131_072)
+
+
+def plan(run, counts):
+    """For `--plan`: one forward of the text, then K and V stored and read a step at a time, and decoding at its end."""
+    sources = [[s for s in run.config.layers if s.is_kv_source and s.layer_type == t] for t in run.layer_types]
+    if counts["test_kv"] or counts["test_divergence"]:
+        yield f"a forward of {run.kv_tokens:,} tokens: about {plan_forwards(run.config, run.kv_tokens):,.0f} s"
+    errors_s = filling_s = 0.0
+    half = max(1, run.kv_tokens // 2)
+    for policy, of_type in itertools.product(run.kv_policies.values(), sources):
+        step = min(STEP_TOKENS, half)
+        append_s, read_s = plan_kv(policy, of_type[0], half, step)
+        errors_s += len(of_type) * (run.kv_tokens // step) * (append_s + read_s)
+        filling_s += len(of_type) * sum(context / step * append_s + 2 * read_s for context in run.kv_contexts)
+    if counts["test_kv"]:
+        yield f"errors: about {errors_s:,.0f} s"
+    if count := counts["test_divergence"]:
+        steps_s = count * plan_steps(run.config, CHUNK) * JUDGED_TOKENS / CHUNK
+        yield f"divergence of {count} pairs of policy and context: about {filling_s + steps_s:,.0f} s"
 
 
 @pytest.fixture(scope="session")
@@ -140,7 +161,6 @@ def times_of(cache, k, v):
     return seconds(append) / TIMED_TOKENS, seconds(cache.read) / cache.read()[0].shape[1]
 
 
-@pytest.mark.parametrize("layer_type", [SLIDING, FULL])
 def test_kv(kv_policy, layer_type, run, captured, errors, record, benchmark):
     """Errors of all layers of a type; then one layer's append and read in bf16, in turn with dense tensors."""
     spec = first_kv_source(run.config, layer_type)
@@ -271,7 +291,6 @@ def test_stored_bits_are_near_those_asked_for(name, asked):
     assert asked <= bits_a_value(NAMED_KV[name], E4B, FULL, UNEVEN_TOKENS) <= 1.1 * asked
 
 
-@pytest.mark.parametrize("layer_type", [SLIDING, FULL])
 def test_the_searched_policies_keep_to_their_budgets(layer_type, run):
     """`p-rope` stores no more than `original`, `p-rope-4` at most 4.25 bits a value."""
     places = [(E4B, UNEVEN_TOKENS)] + [(run.config, run.config.max_position_embeddings)] * run.is_default

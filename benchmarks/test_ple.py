@@ -15,9 +15,11 @@ import torch
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.gemma4.model import begin, head
 from epic_quant.metrics import kl_divergence, squared_norm
+from epic_quant.plan import plan_forwards, plan_quantizing
 from epic_quant.ple import PLERowCache, frequent_ids, pack_table, pages, simulation, traces
 from epic_quant.ple.packing import Table
 from epic_quant.ple.residency import NAMES, Residency
+from epic_quant.plugin.session import run_of
 from epic_quant.policy import PolicyWeights
 from epic_quant.quant import quantize
 from epic_quant.records.subjects import (
@@ -78,8 +80,29 @@ def pytest_generate_tests(metafunc):
     if "real_name" in metafunc.fixturenames:
         metafunc.parametrize("real_name", [*REAL.values(), *own])
     if "guarded" in metafunc.fixturenames:
-        pairs = [(str(part), spec) for part, spec in guarded_pairs(metafunc.config)]
+        pairs = [(str(part), spec) for part, spec in guarded_pairs(run_of(metafunc.config))]
         metafunc.parametrize(("guarded", "spec"), pairs)
+
+
+def plan(run, counts):
+    """For `--plan`: every guarded class and spec is a forward of its own, with its tensors quantized twice."""
+    if not run.config.ple_dim:
+        yield "skipped: this model has no per-layer embeddings"
+    elif counts["test_guard"]:
+        pairs = guarded_pairs(run)
+        policies = [
+            PolicySpec.of(f"{part}={spec}", {part: spec}) for part, spec in pairs if part != TensorClass.PLE_TABLE
+        ]
+        layers = {None, *range(run.config.num_layers)}
+        seconds = plan_forwards(run.config, GUARD_TOKENS, len(pairs) + 1)
+        seconds += 2 * plan_quantizing(run.config, policies, layers)
+        yield f"divergence of {len(pairs)} pairs of class and spec on {GUARD_TOKENS} tokens: about {seconds:,.0f} s"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def per_layer_embeddings(run):
+    if not run.config.ple_dim:
+        pytest.skip("this model has no per-layer embeddings")
 
 
 @pytest.fixture(scope="session")
@@ -385,9 +408,8 @@ class ColdPass:
             first = min(table.num_rows // 8, 128 * step)
             candidates = np.arange(first, table.num_rows, step)
         ids = np.random.default_rng(7).permutation(candidates)[:COLD_ROWS]
-        self.batches = [
-            torch.from_numpy(part) for part in np.split(ids[: len(ids) // batch * batch], len(ids) // batch)
-        ]
+        # Of whole batches; none of a table with too few rows.
+        self.batches = [torch.from_numpy(part) for part in ids[: len(ids) // batch * batch].reshape(-1, batch)]
         self.tokens = sum(map(len, self.batches))
         self.times = []
 
@@ -431,6 +453,8 @@ class ColdPass:
 def test_cold(table, way, batch, threads, source_of, packed_of, record, benchmark):
     """Rows that are neither hot nor in the system's page cache; where that cannot be verified, nothing is reported."""
     cold = ColdPass(source_of(table), way, batch, threads, packed_of(table) if way == "packed int8" else None)
+    if not cold.batches:
+        pytest.skip(f"the table has too few rows to look {batch} up that are not in memory")
     cold.evict()
     fetched, asked = pages.read_nbytes(), cold.cache.stats.bytes_read
     start = time.perf_counter()
@@ -507,21 +531,25 @@ GUARD_SPECS = ("int8", "int8-g32", "int4", "int4-g32", "int3-g32", "absmax4", "t
 GUARD_TOKENS = 256
 
 
-def guarded_pairs(config):
-    """Every guarded class with each spec of the ladder and of the run's policies, but for those that need Hessians."""
-    policies = [*NAMED.values(), *map(PolicySpec.parse, config.getoption("policy"))]
+def guarded_pairs(run):
+    """Every guarded class with each spec of the ladder and of all policies, where it fits and needs no Hessians."""
+    policies = [*NAMED.values(), *run.policies.values()]
     asked = [(part, policy.class_spec(part)) for policy in policies for part in GUARDED]
     pairs = dict.fromkeys([*((part, WeightSpec.parse(spec)) for part in GUARDED for spec in GUARD_SPECS), *asked])
-    return [(part, str(spec)) for part, spec in pairs if spec != BF16 and not spec.gptq]
+    return [
+        (part, str(spec))
+        for part, spec in pairs
+        if spec != BF16 and not spec.gptq and all(spec.fits(tensor.shape[1]) for tensor in run.tensors_of(part))
+    ]
 
 
 @pytest.fixture(scope="session")
-def divergences(run, request):
+def divergences(run):
     """KL divergence of every guarded class and spec: all variants go through a layer before the next is read."""
     plain = PolicyWeights(run.checkpoint, PolicySpec.parse("bf16"))
     weights = {None: plain} | {
         (part, spec): PolicyWeights(run.checkpoint, PolicySpec.of(f"{part}={spec}", {part: spec}))
-        for part, spec in guarded_pairs(request.config)
+        for part, spec in guarded_pairs(run)
     }
     window = run.windows(1, GUARD_TOKENS)
     with torch.inference_mode():

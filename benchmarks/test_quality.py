@@ -233,7 +233,10 @@ def test_prices(run, prices, problem, record, benchmark):
     assert all(math.isfinite(kl) for one in tensors.values() for kl, _, _ in one["specs"].values())
     compared = []
     for bits in RECIPE_BITS:
-        made = {by: problem(by).within_bits(bits) for by in BY}
+        try:
+            made = {by: problem(by).within_bits(bits) for by in BY}
+        except RecipeError:  # The scales of short rows may take more than that.
+            continue
         nbytes = max(recipe.nbytes for recipe in made.values())
         compared.append(
             {"bits": bits, "nbytes": nbytes, "predicted": {by: recipe.predicted for by, recipe in made.items()}}

@@ -54,6 +54,8 @@ def as_published(policy: PolicySpec, config: TextConfig) -> dict[str, int]:
         if tensor.tensor_class in PUBLISHED_PARTS:
             part = PUBLISHED_PARTS[tensor.tensor_class]
             parts[part] = parts.get(part, 0) + tensor_nbytes(policy, tensor)
+    if not config.ple_dim:
+        return parts
     rows = policy.ple.resident_rows(config.ple_vocab_size)
     hot = rows * row_nbytes(policy.class_spec(TensorClass.PLE_TABLE), config.num_layers * config.ple_dim)
     return parts | {"ple_hot": round(hot)}

@@ -26,12 +26,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         [
             "python -m epic_quant.inspection benchmarks/mini_gemma4",
             "python -m epic_quant.inspection model.safetensors --config config.json --tensors",
+            "python -m epic_quant.inspection google/gemma-4-E4B --values",
         ],
-        "0; 2 where the checkpoint cannot be read.",
+        "0; 1 where --values finds NaN, infinity or overflow in a text tensor; 2 where the checkpoint cannot be read.",
     )
     parser.add_argument("source", help="a .safetensors file, a folder, or a hub id in the local cache")
     parser.add_argument("--config", metavar="FILE", help="config.json, where it is not beside the checkpoint")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
+    parser.add_argument(
+        "--values", action="store_true", help="read all text tensors: NaN, infinity, zeros, outliers, dtypes"
+    )
     parser.add_argument("--download", action="store_true", help="download a hub id that is not in the local cache")
     options = parser.parse_args(arguments)
 
@@ -40,7 +44,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     with Checkpoint.open(options.source, config=options.config, download=options.download) as checkpoint:
         print("\n".join(describe(checkpoint, list_tensors=options.tensors)))
-    return 0
+        return _print_values(checkpoint) if options.values else 0
+
+
+def _print_values(checkpoint: Checkpoint) -> int:
+    """What is remarkable of the text tensors' values; returns the exit status, 1 where a run would refuse them."""
+    from epic_quant.gemma4.config import TextConfig
+    from epic_quant.gemma4.tensors import expected_tensors, text_tensors
+    from epic_quant.values import findings, read_values
+
+    config = TextConfig.read(checkpoint)
+    names = text_tensors(checkpoint, config)
+    unused = {names[tensor.name] for tensor in expected_tensors(config) if tensor.unused and tensor.name in names}
+    values = [read_values(name, checkpoint.tensor(name)) for name in names.values()]
+    if rows := findings(checkpoint, values):
+        said = [(name, f"{found} (unused)" if name in unused else found) for name, found in rows]
+        print("", tabulate(said, headers=["tensor", "found"], disable_numparse=True), sep="\n")
+    faults = [one for one in values if one.fault is not None and one.name not in unused]
+    verdict = "no run can measure them" if faults else "a run can measure them"
+    peak = max(values, key=lambda one: one.peak)
+    print(
+        "",
+        f"values of {len(values)} text tensors read: {len(faults)} with NaN, infinity or overflow, so {verdict}; the "
+        f"largest outlier is {peak.peak:,.1f} times the rms, in {peak.name}",
+        sep="\n",
+    )
+    return 1 if faults else 0
 
 
 def describe(checkpoint: Checkpoint, *, list_tensors: bool = False) -> Iterator[str]:

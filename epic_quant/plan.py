@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,20 +14,23 @@ from torch import Tensor
 from epic_quant import machine
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.gemma4.block import decoder_block, num_scores
-from epic_quant.gemma4.config import TextConfig
+from epic_quant.gemma4.config import LayerSpec, TextConfig
 from epic_quant.gemma4.kv_store import ForwardKV
 from epic_quant.gemma4.model import attention_masks, rope_tables
 from epic_quant.gemma4.tensors import TextTensor, expected_tensors
+from epic_quant.kv.layer import LayerStore
+from epic_quant.metrics import squared_norm
 from epic_quant.policy import spec_of
 from epic_quant.prices import needed_nbytes
 from epic_quant.quality import Variant
 from epic_quant.quality.passes import Memory, layer_numel, passes, quantized_numel, work
 from epic_quant.quality.variants import with_reference
-from epic_quant.quant import quantize
-from epic_quant.spec import BF16, PolicySpec, WeightSpec
+from epic_quant.quant import linear, quantize
+from epic_quant.spec import BF16, KVSpec, PolicySpec, WeightSpec
+from epic_quant.values import read_values
 
 _PROBE_WEIGHTS = 2**20
-_PROBE_TOKENS = 512
+_PROBE_TOKENS = 256
 
 
 def sampled_shape(tensor: TextTensor, sampled_rows: int | None) -> tuple[int, int]:
@@ -34,9 +39,59 @@ def sampled_shape(tensor: TextTensor, sampled_rows: int | None) -> tuple[int, in
     return (rows if sampled_rows is None else min(rows, sampled_rows)), cols
 
 
-def plan(
-    checkpoint: Checkpoint, config: TextConfig, policies: Iterable[PolicySpec], sampled_rows: int | None
-) -> list[str]:
+def plan_check(checkpoint: Checkpoint, names: Sequence[str]) -> list[str]:
+    """A line for people: what reading these tensors for NaN and infinity takes, by the first rows of the largest."""
+    total = sum(map(checkpoint.nbytes, names))
+    largest = checkpoint.tensor(max(names, key=checkpoint.nbytes))
+    probe = largest[: max(1, _PROBE_WEIGHTS * 8 // largest[0].numel())]
+    start = time.perf_counter()
+    read_values("", probe)
+    seconds = (time.perf_counter() - start) / probe.nbytes * total
+    return [f"check of all weights, one read of {total / 1e9:,.2f} GB: about {seconds:,.0f} s (not with --no-check)"]
+
+
+def plan_forwards(config: TextConfig, tokens: int, forwards: int = 1) -> float:
+    """Seconds of so many forwards of the whole model in fp32 on a text of `tokens`, the head not counted."""
+    multiplications = forwards * tokens * sum(layer_numel(config))
+    return multiplications * _seconds_a_multiplication(config, tokens)
+
+
+def plan_steps(config: TextConfig, tokens: int) -> float:
+    """Seconds of a forward of few tokens through bf16 weights, which takes as long as casting them does."""
+    # Larger than the caches, as a large model's are.
+    rows, x = torch.ones(_PROBE_WEIGHTS * 16 // 2048, 2048, dtype=torch.bfloat16), torch.ones(tokens, 2048)
+    numel = sum(layer_numel(config)) + config.vocab_size * config.hidden_size
+    return _seconds(lambda: linear(x, rows)) / rows.numel() * numel
+
+
+def plan_quantizing(config: TextConfig, policies: Iterable[PolicySpec], layers: Collection[int | None]) -> float:
+    """Seconds of quantizing these layers' matrices (None: those of no layer) under each of the policies."""
+    tensors = [tensor for tensor in expected_tensors(config) if tensor.layer in layers and not tensor.unused]
+    numel: Counter[WeightSpec] = Counter()
+    for policy in policies:
+        for tensor in tensors:
+            if (spec := spec_of(policy, tensor)) not in (None, BF16):
+                assert spec is not None
+                numel[spec] += math.prod(tensor.shape)
+    return sum(count * _seconds_a_weight(spec) for spec, count in numel.items())
+
+
+def plan_kv(spec: KVSpec, layer: LayerSpec, tokens: int, step: int) -> tuple[float, float]:
+    """Seconds of storing `step` tokens of a layer under a spec after so many, and of comparing all that it has."""
+    heads, dims = layer.attention.num_kv_heads, layer.attention.head_dim
+    x = torch.randn(1, heads, tokens, dims, generator=torch.Generator().manual_seed(0))
+    store = LayerStore(layer, spec.of(layer.layer_type), torch.float32)
+    store.append(x, x)
+
+    def compare() -> None:
+        for kept in (store.keys(), store.values()):
+            squared_norm(kept - kept)
+            squared_norm(kept)
+
+    return _seconds(lambda: store.append(x[:, :, :step], x[:, :, :step])), _seconds(compare)
+
+
+def plan(config: TextConfig, policies: Iterable[PolicySpec], sampled_rows: int | None) -> list[str]:
     """Lines for people: the weights to quantize under each scheme, and the time, RAM and disk that this takes."""
     matrices = [tensor for tensor in expected_tensors(config) if tensor.tensor_class is not None and not tensor.unused]
     stored = {(spec_of(policy, tensor), tensor) for policy in policies for tensor in matrices}
@@ -121,8 +176,12 @@ def plan_prices(
 
 
 def _seconds_a_multiplication(config: TextConfig, window_tokens: int) -> float:
+    return _seconds_a_multiplication_of(config, min(window_tokens, _PROBE_TOKENS))
+
+
+@cache
+def _seconds_a_multiplication_of(config: TextConfig, tokens: int) -> float:
     """A multiplication in a layer, what is no matrix product included: the first layer's shapes on random numbers."""
-    tokens = min(window_tokens, _PROBE_TOKENS)
     windows = max(1, _PROBE_TOKENS // tokens)
     spec, rng = config.layers[0], torch.Generator().manual_seed(0)
     weights: dict[str, Tensor] = {
@@ -144,6 +203,7 @@ def _seconds_a_multiplication(config: TextConfig, window_tokens: int) -> float:
     return _seconds(run) / (windows * (tokens * layer_numel(config)[spec.index] + attention))
 
 
+@cache
 def _seconds_a_weight(spec: WeightSpec) -> float:
     """Quantizing and decoding, a weight, on Gaussian noise."""
     weight = torch.randn(_PROBE_WEIGHTS // 1024, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -13,8 +14,9 @@ from epic_quant.errors import QuantizationError, SpecError
 from epic_quant.gemma4.config import TextConfig
 from epic_quant.gemma4.tensors import TextTensor, expected_tensors
 from epic_quant.gemma4.weights import CheckpointWeights, Weights
+from epic_quant.kv import layer_nbytes
 from epic_quant.quant import Weight, quantize
-from epic_quant.spec import BF16, PolicySpec, WeightSpec
+from epic_quant.spec import BF16, KVSpec, PolicySpec, WeightSpec
 
 _PROBE_ROWS = 4
 
@@ -74,7 +76,8 @@ def spec_of(policy: PolicySpec, tensor: TextTensor) -> WeightSpec | None:
 def check(policy: PolicySpec, config: TextConfig) -> None:
     """Raise SpecError where a policy does not fit the model.
 
-    That is a layer or kind of tensor that the model does not have, or a group or block that does not divide the rows.
+    That is a layer or kind of tensor that the model does not have, a group or block that does not divide the rows, or a
+    KV spec that does not fit the heads.
     """
     tensors = [tensor for tensor in expected_tensors(config) if tensor.target is not None]
     there = {wider for tensor in tensors if tensor.target is not None for wider in tensor.target.covering}
@@ -88,6 +91,20 @@ def check(policy: PolicySpec, config: TextConfig) -> None:
         found = spec_of(policy, tensor)
         if found is not None and (misfit := found.misfit(tensor.shape[1])):
             raise SpecError(f"{found}: {misfit} ({tensor.name})")
+    own = dict(policy.kv_layers)
+    for layer, kv in own.items():
+        check_kv(kv, replace(config, layers=(config.layers[layer],)))
+    check_kv(policy.kv, replace(config, layers=tuple(spec for spec in config.layers if spec.index not in own)))
+
+
+def check_kv(spec: KVSpec, config: TextConfig) -> None:
+    """Raise SpecError where a KV spec does not fit the heads: a group that does not divide them, too many directions.
+
+    Layers of a type have heads alike, so the first of each that has K and V of its own stands for all.
+    """
+    first = {layer.layer_type: layer for layer in reversed(config.layers) if layer.is_kv_source}
+    for layer in first.values():
+        layer_nbytes(spec, layer, 0)
 
 
 def tensor_nbytes(policy: PolicySpec, tensor: TextTensor) -> int:

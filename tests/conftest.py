@@ -57,6 +57,9 @@ TOYS: dict[str, dict[str, Any]] = {
     },
     "no_ple": _E4B | {"hidden_size_per_layer_input": 0},
     "no_sharing": _E4B | {"num_hidden_layers": 6, "layer_types": None, "num_kv_shared_layers": 0},
+    "one_layer": _E4B | {"num_hidden_layers": 1, "layer_types": ["full_attention"], "num_kv_shared_layers": 0},
+    "all_full": _E4B | {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3, "num_kv_shared_layers": 1},
+    "wide_ple": _E4B | {"vocab_size_per_layer_input": 150},
     "other_rope": _E4B | {"global_head_dim": 16, "rope_parameters": _ROPE, "final_logit_softcapping": None},
 }
 

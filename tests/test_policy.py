@@ -7,6 +7,7 @@ import torch
 
 from epic_quant import quantize
 from epic_quant.errors import QuantizationError, SpecError
+from epic_quant.gemma4.config import TextConfig
 from epic_quant.gemma4.weights import CheckpointWeights
 from epic_quant.policy import PolicyWeights, check, spec_of, tensor_nbytes
 from epic_quant.spec import BF16, PolicySpec, WeightSpec
@@ -80,3 +81,23 @@ def test_a_policy_is_checked_from_the_config_alone(e4b):
     check(PolicySpec.parse("mlp=q4_k,sliding_attention=q2_k,ple_table=q8_0,embedding=q6_k,ple_projections=tq1_0"), e4b)
     with pytest.raises(SpecError, match="mlp@42=int4"):
         check(PolicySpec.parse("mlp@42=int4"), e4b)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("kv=int4-g5", r"int4-g5 does not fit the (16|32) dims of layer \d's heads: a group of 5"),
+        ("kv@5=k=int4-g12/v=int4", "does not fit the 32 dims of layer 5's heads: a group of 12"),
+        ("kv=k=int4+center8+pca16-int8/v=int4", "16 directions leave nothing of 16 dims"),
+        ("ple_projections@3=int4-g32", r"32 does not divide rows of 48 weights \(layers.3.per_layer_input_gate"),
+        ("ple_table=int4-g7", r"7 does not divide rows of 96 weights \(embed_tokens_per_layer"),
+    ],
+)
+def test_what_does_not_fit_the_shapes_is_refused_by_the_config_alone(text, said, toy_checkpoint):
+    with pytest.raises(SpecError, match=said):
+        check(PolicySpec.parse(text), TextConfig.read(toy_checkpoint))
+
+
+@pytest.mark.parametrize("text", ["kv=int4-g8", "kv@5=int4-g32", "kv=int4+had512", "mlp=int4+had256", "ple=lru:5000"])
+def test_what_fits_is_not(text, toy_checkpoint):
+    check(PolicySpec.parse(text), TextConfig.read(toy_checkpoint))

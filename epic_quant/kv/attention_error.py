@@ -20,7 +20,7 @@ from epic_quant.spec import KVSpec
 
 # Tokens between two checkpoints: a prime whose multiples are spread evenly over what is left of blocks of 32, 64
 # and 128, so that blocks are met at every filling.
-_STEP_TOKENS = 101
+STEP_TOKENS = 101
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class AttentionError:
     there, the tokens that the spec leaves unquantized for now included.
     """
 
-    def __init__(self, texts: Sequence[CapturedActivations], layer_type: str, step: int = _STEP_TOKENS) -> None:
+    def __init__(self, texts: Sequence[CapturedActivations], layer_type: str, step: int = STEP_TOKENS) -> None:
         self._texts, self._step = texts, step
         self._sources = [s for s in texts[0].config.layers if s.is_kv_source and s.layer_type == layer_type]
         # The exact logits and outputs are the same for all specs.

@@ -6,5 +6,6 @@ pytest_plugins = [
     "epic_quant.plugin.journal",
     "epic_quant.plugin.fixtures",
     "epic_quant.plugin.progress",
+    "epic_quant.plugin.planning",
     "epic_quant.plugin.outcome",
 ]

@@ -20,7 +20,7 @@ _NO_RECIPES = [pytest.param("none", "none", marks=_ONLY_ASKED)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Give a test every policy, KV policy and ablation that it takes by name, and every context of a KV cache.
+    """Give a test what it takes by name: every policy, KV policy, ablation and context of a KV cache.
 
     Recipes are made at the bytes of every policy but bf16, and at some bits a weight. With a `tensor_class` it gets
     the policies that quantize that class.
@@ -39,9 +39,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("recipe_at", "recipe_kv"), pairs if run.wants_prices else _NO_RECIPES)
     if "policy_name" not in metafunc.fixturenames:
         return
-    policies = run_of(metafunc.config).policies
+    run = run_of(metafunc.config)
+    policies = run.policies
     if "tensor_class" in metafunc.fixturenames:
-        pairs = [(name, str(part)) for name, policy in policies.items() for part in policy.quantized_classes]
+        pairs = [
+            (name, str(part))
+            for name, policy in policies.items()
+            for part in policy.quantized_classes
+            if part in run.classes
+        ]
         metafunc.parametrize(("policy_name", "tensor_class"), pairs)
     else:
         metafunc.parametrize("policy_name", list(policies))

@@ -116,6 +116,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--resume", type=_path, metavar="FOLDER", help="keep the state of long evaluations there, and go on from it"
     )
     group.addoption("--ple-trace", type=_path, metavar="FILE", help="text or .npy ids to evaluate the PLE row cache on")
+    group.addoption(
+        "--no-check", action="store_true", help="do not read all weights first for NaN, infinity and overflow"
+    )
     group.addoption("--plan", action="store_true", help="print what would be measured and how long it takes, and stop")
     _add_outcome(parser)
 

@@ -185,15 +185,26 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if not journal.planned or reporter is None:
         return
     in_place = reporter.isatty and os.environ.get("TERM") != "dumb" and config.get_verbosity() <= 0
-    run = run_of(config)
-    cache: pytest.Cache | None = getattr(config, "cache", None)
-    key = f"epic_quant/times/{run.checkpoint.fingerprint}"
-    known: dict[str, tuple[float, float]] = {} if cache is None else cache.get(key, {})
+    run, known = run_of(config), times_of(config)
     remaining = Remaining(journal.planned, known)
     progress = Progress(reporter, journal, Path(run.name).name, remaining, in_place=in_place)
     config.pluginmanager.register(progress, "epic_quant progress")
-    if cache is not None:
-        config.add_cleanup(lambda: cache.set(key, known | remaining.times))
+    if (cache := _cache(config)) is not None:
+        config.add_cleanup(lambda: cache.set(_key(config), known | remaining.times))
+
+
+def times_of(config: pytest.Config) -> dict[str, tuple[float, float]]:
+    """The times of each function in earlier runs on this checkpoint, as `Remaining` takes them."""
+    cache = _cache(config)
+    return {} if cache is None else cache.get(_key(config), {})
+
+
+def _cache(config: pytest.Config) -> pytest.Cache | None:
+    return getattr(config, "cache", None)
+
+
+def _key(config: pytest.Config) -> str:
+    return f"epic_quant/times/{run_of(config).checkpoint.fingerprint}"
 
 
 def _function(test: str) -> str:

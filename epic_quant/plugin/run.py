@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from epic_quant.gemma4.tensors import TextTensor, expected_tensors, text_tensors
 from epic_quant.plan import plan_quality
 from epic_quant.ple.residency import Ids
 from epic_quant.ple.traces import check_trace, load_ids
-from epic_quant.policy import check
+from epic_quant.policy import check, check_kv
 from epic_quant.prices import CANDIDATES
 from epic_quant.quality import Ablation, Variant, ablations, noise_floor
 from epic_quant.quality.passes import default_memory_nbytes
@@ -33,6 +33,9 @@ from epic_quant.records import SCHEMA_VERSION
 from epic_quant.results.prices import prices_path
 from epic_quant.spec import NAMED, NAMED_KV, NOISE_FLOOR, REFERENCE, KVSpec, PolicySpec, TensorClass, WeightSpec
 from epic_quant.text import text_ids, token_windows
+from epic_quant.values import check_values
+
+_Spec = TypeVar("_Spec", PolicySpec, KVSpec)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BENCHMARKS = REPOSITORY / "benchmarks"
@@ -65,8 +68,6 @@ class Run:
         self.isa = kernels.isa()
         asked = [command_line.policy_of(text) for text in self.options.policy]
         _check_names(asked)
-        kv_policies = [*map(KVSpec.parse, self.options.kv_policy)] or NAMED_KV.values()
-        self.kv_policies = {"bf16": NAMED_KV["bf16"]} | {policy.name: policy for policy in kv_policies}
         source = DEFAULT_CHECKPOINT if self.options.checkpoint is None else self.options.checkpoint
         self.is_default = Path(source).resolve() == DEFAULT_CHECKPOINT
         self.checkpoint = Checkpoint.open(
@@ -78,18 +79,41 @@ class Run:
         self.config = TextConfig.read(self.checkpoint)
         # Everything is compared with bf16, so it is always included.
         self.policies, self.left_out = {REFERENCE: NAMED[REFERENCE]}, dict[str, str]()
-        for policy in asked or NAMED.values():
+        self.policies |= self._fitting(asked or NAMED.values(), check, bool(asked))
+        asked_kv = [*map(KVSpec.parse, self.options.kv_policy)]
+        self.kv_policies = {"bf16": NAMED_KV["bf16"]}
+        self.kv_policies |= self._fitting(asked_kv or NAMED_KV.values(), check_kv, bool(asked_kv))
+        for spec in map(WeightSpec.parse, self.options.price):
+            self._check_priced(spec)
+        self._file_names = text_tensors(self.checkpoint, self.config)
+        self.nbytes = sum(self.checkpoint.nbytes(name) for name in self.checkpoint.names)
+
+    def _fitting(
+        self, policies: Iterable[_Spec], check: Callable[[_Spec, TextConfig], None], asked: bool
+    ) -> dict[str, _Spec]:
+        """Those that fit the model, by name.
+
+        Named policies are for E4B's shapes: where nobody asked for one that does not fit, all others go on. Raises
+        SpecError for one that was asked for.
+        """
+        found = {}
+        for policy in policies:
             try:
                 check(policy, self.config)
             except SpecError as error:
-                # Named policies are for E4B's shapes: one that does not fit and was not asked for is left out.
                 if asked:
                     raise
                 self.left_out[policy.name] = str(error)
             else:
-                self.policies[policy.name] = policy
-        self._file_names = text_tensors(self.checkpoint, self.config)
-        self.nbytes = sum(self.checkpoint.nbytes(name) for name in self.checkpoint.names)
+                found[policy.name] = policy
+        return found
+
+    def _check_priced(self, spec: WeightSpec) -> None:
+        """Raise SpecError where no tensor can be priced under a spec that was asked for."""
+        if not any(
+            spec.with_dividing_group(tensor.shape[1] for tensor in self.tensors_of(part)) for part in self.classes
+        ):
+            raise SpecError(f"--price {spec}: its group or block divides the rows of no tensor class of this model")
 
     @property
     def name(self) -> str:
@@ -136,6 +160,16 @@ class Run:
             for tensor in expected_tensors(self.config)
             if tensor.tensor_class is tensor_class and not tensor.unused
         ]
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The types of layers that the model has, sliding ones first."""
+        return sorted({layer.layer_type for layer in self.config.layers}, reverse=True)
+
+    @cached_property
+    def classes(self) -> list[TensorClass]:
+        """The classes that the model has tensors of."""
+        return [part for part in TensorClass if self.tensors_of(part)]
 
     def sample(self, tensor: TextTensor) -> Tensor:
         """The rows of a matrix whose error is taken: all, or a seeded sample that every scheme shares."""
@@ -289,6 +323,21 @@ class Run:
         most = _MOST_TRACE_TOKENS if path == self.text else None
         return check_trace(text_ids(self.checkpoint, path, most), rows, str(path))
 
+    @cached_property
+    def used_names(self) -> list[str]:
+        """The names in the file of the text tensors in use."""
+        return [self._file_names[tensor.name] for tensor in expected_tensors(self.config) if not tensor.unused]
+
+    def check_values(self) -> None:
+        """Read the weights once. Raises CheckpointError, naming tensor and row, where no figure could be had of them.
+
+        Nothing is read with `--no-check`.
+        """
+        if not self.options.no_check:
+            with self.progress("check", len(self.used_names)) as step:
+                for name in check_values(self.checkpoint, self.used_names):
+                    step(name)
+
     def check_inputs(self, fixtures: Collection[str]) -> None:
         """Raise now the errors that the named files, and the texts that these fixtures read, would raise later."""
         named = [self.options.text, self.options.calibration_text]
@@ -306,6 +355,8 @@ class Run:
         for name, read in _READ.items():
             if name in fixtures:
                 read(self)
+        if READ_WEIGHTS & set(fixtures):
+            self.check_values()
 
     @cached_property
     def evaluated(self) -> dict[str, PolicySpec | Variant]:
@@ -380,10 +431,24 @@ _READ: Mapping[str, Callable[[Run], object]] = {
     "sensitivities": lambda run: run.quality_windows if run.ablations else None,
     "prices": lambda run: run.price_windows if run.wants_prices else None,
     "window": lambda run: run.windows(1, run.kv_tokens),
-    "trace_of": lambda run: run.token_ids(run.text),
+    "trace_of": lambda run: run.token_ids(run.text) if run.config.ple_dim else None,
     "block_inputs": lambda run: run.windows(1, 2),
     "divergences": lambda run: run.windows(1, 2),
     "evaluation_hessians": lambda run: None if run.is_large else run.windows(1, 2),
+}
+
+
+# The benchmarks' fixtures that read the checkpoint's weights.
+READ_WEIGHTS = {
+    "qualities",
+    "sensitivities",
+    "prices",
+    "recipes",
+    "class_tensors",
+    "block_inputs",
+    "captured",
+    "divergences",
+    "source_of",
 }
 
 

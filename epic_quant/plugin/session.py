@@ -11,7 +11,6 @@ import pytest
 
 from epic_quant import kernels
 from epic_quant.errors import EpicQuantError
-from epic_quant.plan import plan, plan_prices
 from epic_quant.plugin.run import BENCHMARKS, Run
 
 _RUN = pytest.StashKey[Run]()
@@ -90,25 +89,3 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         *(f"left out: {name}, {reason}" for name, reason in run.left_out.items()),
         f"errors on: {'all rows' if rows is None else f'{rows} rows of each tensor (--rows)'}",
     ]
-
-
-def pytest_runtestloop(session: pytest.Session) -> bool | None:
-    """With `--plan`, print the plan in place of measuring anything."""
-    if not session.config.option.plan:
-        return None
-    run = run_of(session.config)
-    lines = plan(run.checkpoint, run.config, run.policies.values(), run.sampled_rows)
-    planned = {name for item in session.items for name in getattr(item, "fixturenames", ())}
-    if "qualities" in planned:
-        lines += run.plan_of("quality", run.evaluated, run.num_windows)
-    if "sensitivities" in planned and run.ablations:
-        variants = {name: ablation.policy for name, ablation in run.ablations.items()}
-        lines += run.plan_of("sensitivity", variants, run.num_windows)
-    if run.wants_prices and planned & {"prices", "predicted"}:
-        num_windows, window_tokens = run.price_windows.shape
-        lines += plan_prices(run.config, run.priced_specs, num_windows, window_tokens, run.is_large)
-    items = session.items if run.wants_prices else ()
-    if recipes := sum("recipe_at" in getattr(item, "fixturenames", ()) for item in items):
-        lines.append(f"recipes come of the prices: up to {recipes} policies more, each as long as one above")
-    print("\n".join([f"{len(session.items)} measurements would be made", *lines]))
-    return True

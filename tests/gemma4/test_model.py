@@ -14,7 +14,7 @@ from epic_quant.metrics import relative_l2
 from epic_quant.quant import quantize
 from epic_quant.spec import WeightSpec
 
-TOYS = ["e4b", "e2b", "no_ple", "no_sharing", "other_rope"]
+TOYS = ["e4b", "e2b", "no_ple", "no_sharing", "one_layer", "all_full", "wide_ple", "other_rope"]
 
 
 @pytest.fixture

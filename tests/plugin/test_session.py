@@ -1,9 +1,14 @@
 """The options of a session and what it prints, with pytest run as a user runs it."""
 
 import json
+import math
+import re
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.records import JSON_KEY, SCHEMA_VERSION, Record
@@ -62,6 +67,9 @@ def test_kv_policies_are_measured_on_any_checkpoint(model, tmp_path, run_pytest)
         (["--policy", "original-2"], "unknown policy 'original-2'; did you mean original-"),
         (["--policy", "mpl=int4"], "unknown tensor class 'mpl'"),
         (["--policy=@none.policy"], "none.policy: no such file; expected one that holds a policy"),
+        (["--policy", "mlp=int4-g100"], "int4-g100: a group of 100 does not divide rows of"),
+        (["--kv-policy", "int4-g48"], "int4-g48 does not fit the 128 dims of layer 5's heads: "),
+        (["--price", "int4-g7"], "--price int4-g7: its group or block divides the rows of no tensor class"),
         (["--kv-policy", "orginal"], "unknown KV spec 'orginal'; did you mean original"),
         (["--checkpoint", "none/at/all"], "none/at/all: no such file or folder"),
         (["--checkpoint", "benchmarks/facts"], "no weights in this folder"),
@@ -128,9 +136,12 @@ def test_a_policy_file_after_a_space_is_refused_with_what_to_write(which, model,
 def test_a_plan_measures_nothing(model, tmp_path, run_pytest):
     out = tmp_path / "out.json"
     options = ["--checkpoint", model, "--policy", "original-4", "--plan", "--benchmark-json", out]
-    status, printed = run_pytest("benchmarks/test_footprint.py", *options)
+    files = ["benchmarks/test_footprint.py", "benchmarks/test_weights.py", "-k", "footprint or test_weights["]
+    status, printed = run_pytest(*files, *options)
     assert status == 0
-    assert "8 measurements would be made" in printed
+    assert "16 measurements would be made" in printed
+    assert "footprint: 8, 4 of as_published, 4 of resident" in printed
+    assert "weights: 8, 8 of weights" in printed
     assert "absmax4: " in printed
     assert "RAM beyond the mapped file" in printed
     assert list(out.parent.iterdir()) == []
@@ -162,7 +173,7 @@ def test_the_header_says_what_computes_and_refuses_what_is_not_there(isa, status
     assert message in printed or "kernels: torch reference" in printed
 
 
-@pytest.mark.parametrize("option", ["--checkpoint", "--policy", "--text", "--report", "--resume", "--fail-if"])
+@pytest.mark.parametrize("option", ["--checkpoint", "--policy"])
 def test_an_option_that_is_given_empty_is_refused_by_its_name(option, run_pytest):
     status, printed = run_pytest("benchmarks/test_footprint.py", option, "", "--collect-only")
     assert status == 4
@@ -227,3 +238,102 @@ def test_a_full_disk_is_one_line_and_the_partial_file_stays(model, run_pytest, t
     assert f"out.json: cannot be written: No space left on device; what was measured is in {folder}" in printed
     assert [path.name for path in folder.iterdir()] == ["out.partial.jsonl"]
     assert len(read_run(folder / "out.partial.jsonl").records) == 8
+
+
+@pytest.fixture
+def with_nan(model, tmp_path):
+    """The checkpoint with a NaN in one weight."""
+    folder = shutil.copytree(model, tmp_path / "nan")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = math.nan
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_a_nan_ends_the_run_before_anything_is_measured(with_nan, tmp_path, run_pytest):
+    out = tmp_path / "out.json"
+    options = ["--checkpoint", with_nan, "--text", with_nan / "text.txt", "--benchmark-json", out]
+    files = ["benchmarks/test_footprint.py", "benchmarks/test_weights.py"]
+    status, printed = run_pytest(*files, *options)
+    assert status == 2
+    assert printed.count("nan: model.layers.1.mlp.up_proj.weight has NaN in row 3") == 1
+    assert "Traceback" not in printed
+    assert not out.exists()
+    # What reads no weights is measured, and so is anything where nobody wants to wait for the check.
+    assert run_pytest(files[0], *options, "--policy", "original-4")[0] == 0
+    skipped = ["-k", "test_weights and original-4 and full_attention", "--policy", "original-4", "--no-check"]
+    assert run_pytest(files[1], *options, *skipped)[0] == 0
+
+
+@pytest.fixture
+def planned(e4b_sparse_file, run_pytest):
+    """`planned(*options)`: the plan of a checkpoint of E4B's size under few policies and short texts."""
+    few = ["--policy", "original-4", "--kv-policy", "int4", "--kv-context", "256", "--window-tokens", "256"]
+
+    def plan(*options):
+        status, printed = run_pytest("benchmarks", "--plan", "--checkpoint", e4b_sparse_file.parent, *few, *options)
+        assert status == 0, printed
+        return printed
+
+    return plan
+
+
+def test_over_1_gb_the_plan_has_all_that_would_run(planned):
+    """By what is collected: the words of `-k` switch nothing on."""
+    printed = planned("-k", "not sensitivity")
+    for line in (
+        r"block: 18, 12 of block, 6 of block_fp32",
+        r"  about [\d,]+ s, \d+ s of it quantizing",
+        r"footprint: 8, 4 of as_published, 4 of resident",
+        r"kernels: \d+, .*",
+        r"kv: \d+, 4 of kv, 4 of divergence, 16 of bytes, .*",
+        r"  a forward of 256 tokens: about [\d,]+ s",
+        r"  errors: about [\d,]+ s",
+        r"  divergence of 4 pairs of policy and context: about [\d,]+ s",
+        r"ple: \d+, .* of guard",
+        r"  divergence of \d+ pairs of class and spec on 256 tokens: about [\d,]+ s",
+        r"quality: \d+, 2 of quality, .*",
+        r"quality, 3 policies with the reference on 1 windows of 256 tokens: .* about [\d,]+ s",
+        r"weights: \d+, 8 of weights, .*",
+        r"check of all weights, one read of 14\.93 GB: about [\d,]+ s .*",
+    ):
+        assert len(re.findall(f"^{line}$", printed, re.M)) == 1, line
+    assert "sensitivity" not in printed
+    assert not re.search("^prices", printed, re.M)
+
+
+def test_over_1_gb_what_is_asked_for_is_planned_where_it_is_collected(e4b_sparse_file, planned, tmp_path):
+    words = {"<bos>": 2} | {str(number): number for number in range(262_144) if number != 2}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text("7 " * 300, encoding="utf-8")
+    files = ["--tokenizer", tmp_path / "tokenizer.json", "--calibration-text", tmp_path / "text.txt"]
+    printed = planned("--prices", "--price", "int8", "-k", "quality and not sensitivity", *files)
+    assert not re.search(r"^sensitivity, ", printed, re.M)
+    assert re.search(r"^recipes come of the prices", printed, re.M)
+    assert re.search(r"^prices, 2 specs on 1 windows of \d+ tokens: .* about [\d,]+ s", printed, re.M)
+
+
+def test_the_plan_skips_the_check_too(model, run_pytest):
+    options = ["--checkpoint", model, "--policy", "original-4", "--plan", "--no-check"]
+    status, printed = run_pytest("benchmarks/test_block.py", *options)
+    assert status == 0
+    assert "check of all weights" not in printed
+
+
+@pytest.mark.parametrize("name", ["no_ple", "one_layer", "all_full"])
+def test_a_model_that_lacks_a_part_is_measured_in_all_others(name, toy, model, tmp_path, run_pytest):
+    folder = shutil.copytree(toy(name), tmp_path / name)
+    shutil.copyfile(model / "tokenizer.json", folder / "tokenizer.json")
+    out = tmp_path / "out.json"
+    files = [f"benchmarks/test_{subject}.py" for subject in ("block", "footprint", "kv", "ple")]
+    selected = ["-k", "(block and original-4 and 1) or (this and original-4) or test_kv or guard"]
+    options = ["--policy", "original-4", "--kv-policy", "int4", "--kv-context", "128", "--text", model / "text.txt"]
+    status, printed = run_pytest(*files, "--checkpoint", folder, *options, *selected, "--benchmark-json", out, "-rs")
+    assert status == 0, printed
+    entries = json.loads(out.read_text(encoding="utf-8"))["benchmarks"]
+    found = {Record.from_json(entry["extra_info"][JSON_KEY]).subject for entry in entries}
+    assert {"block", "footprint", "kv"} <= found
+    assert ("ple_guard" in found) == (name != "no_ple")
+    assert ("this model has no per-layer embeddings" in printed) == (name == "no_ple")

@@ -19,7 +19,7 @@ from epic_quant.quality.passes import work
 from epic_quant.quality.variants import with_reference
 from epic_quant.spec import NAMED, NOISE_FLOOR, REFERENCE, PolicySpec, TensorClass
 
-TOYS = ["e4b", "e2b", "no_ple", "no_sharing", "other_rope"]
+TOYS = ["e4b", "e2b", "no_ple", "no_sharing", "one_layer", "all_full", "wide_ple", "other_rope"]
 POLICIES = {
     text: PolicySpec.parse(text)
     for text in (
