@@ -62,6 +62,11 @@ def _measure(specs, tensors, hessians):
     return metrics, by_tensor
 
 
+def as_read(hessians, name):
+    """A tensor's Hessian for what is timed: with nothing made of it yet."""
+    return hessians[name].read() if name in hessians else None
+
+
 @pytest.fixture
 def timed_weight(class_tensors, tensor_class):
     """The class's first tensor, or as many of its rows as are timed, and its name."""
@@ -87,7 +92,7 @@ def test_weights(op, policy, tensor_class, run, errors, hessians_for, timed_weig
             tensors=tensors if op == "quantize" else {},
         )
     )
-    timed = partial(quantize, weight, specs[0], hessians_for(specs[0]).get(name))
+    timed = partial(quantize, weight, specs[0], as_read(hessians_for(specs[0]), name))
     if op == "dequantize":
         timed = partial(timed().dequantize, torch.bfloat16)
     benchmark.pedantic(timed, rounds=3, warmup_rounds=1)
@@ -187,7 +192,7 @@ def test_ladder(
         error, norm = error + squared_norm(decoded - weight.float()), norm + squared_norm(weight)
         nbytes, weights = nbytes + quantized.nbytes, weights + weight.numel()
         if evaluated:
-            hessian = evaluation_hessians[name]
+            hessian = evaluation_hessians[name].read()
             output_error += squared_output_norm(decoded - weight.float(), hessian)
             output_norm += squared_output_norm(weight, hessian)
 
@@ -209,7 +214,7 @@ def test_ladder(
             bytes_read=weight.nbytes,
         )
     )
-    benchmark.pedantic(quantize, (weight, spec, hessians.get(name)))
+    benchmark.pedantic(quantize, (weight, spec, as_read(hessians, name)))
 
 
 # What each distribution's values are made of, seeded: [rows, cols] at unit variance.

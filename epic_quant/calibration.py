@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from epic_quant.gemma4.block import plain_linear
 from epic_quant.gemma4.config import TextConfig
 from epic_quant.gemma4.model import begin
 from epic_quant.gemma4.weights import CheckpointWeights
-from epic_quant.quant import Weight
+from epic_quant.quant import Hessian, Weight
 from epic_quant.text import token_windows
 
 # Weights that multiply the same input: the Hessians stand in the file once, under the second name.
@@ -35,10 +36,11 @@ _SHARED_INPUTS = {
 _MODEL_PROJECTION = "per_layer_model_projection.weight"
 
 
-class Hessians(Mapping[str, Tensor]):
+class Hessians(Mapping[str, Hessian]):
     """A file of Hessians: canonical tensor name to fp32 [cols, cols], the mean of x xᵀ over the inputs x.
 
-    Read lazily. Raises CheckpointError where the file is missing, is no file of Hessians, or is of another checkpoint.
+    Read lazily. Weights with one input have one, and what was made of those of a layer is kept until another layer's
+    are read. Raises CheckpointError where the file is missing, is no file of Hessians, or is of another checkpoint.
     """
 
     def __init__(self, path: Path, checkpoint: Checkpoint) -> None:
@@ -57,13 +59,15 @@ class Hessians(Mapping[str, Tensor]):
         self.text_sha256 = facts["text_sha256"]
         self.num_tokens = int(facts["num_tokens"])
         self._stored = set(self._file.keys())
+        self._kept: dict[str, Hessian] = {}
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Hessian:
         stored = _stored_name(name)
         if stored not in self._stored:
             raise KeyError(name)
-        hessians: Tensor = self._file.get_tensor(stored)
-        return hessians
+        layer = stored.split(".")[:2]
+        self._kept = {kept: hessian for kept, hessian in self._kept.items() if kept.split(".")[:2] == layer}
+        return self._kept.setdefault(stored, Hessian(partial(self._file.get_tensor, stored)))
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and _stored_name(name) in self._stored

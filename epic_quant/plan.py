@@ -21,7 +21,7 @@ from epic_quant.gemma4.tensors import TextTensor, expected_tensors
 from epic_quant.kv.layer import LayerStore
 from epic_quant.metrics import squared_norm
 from epic_quant.policy import spec_of
-from epic_quant.prices import needed_nbytes
+from epic_quant.prices import ROUNDED_ERROR, needed_nbytes
 from epic_quant.quality import Variant
 from epic_quant.quality.passes import Memory, layer_numel, passes, quantized_numel, work
 from epic_quant.quality.variants import with_reference
@@ -31,6 +31,10 @@ from epic_quant.values import read_values
 
 _PROBE_WEIGHTS = 2**20
 _PROBE_TOKENS = 256
+
+# What the passes and a spec's product take in reduced precision, in products of fp32: three in bf16 (0.45 each), and
+# one of 8 bits (0.26), with what is added up. Measured where AVX-512 multiplies both.
+_REDUCED_PRODUCTS = (1.5, 0.3)
 
 
 def sampled_shape(tensor: TextTensor, sampled_rows: int | None) -> tuple[int, int]:
@@ -142,7 +146,7 @@ def plan_quality(
     quantizing_s = sum(numel * _seconds_a_weight(spec) for spec, numel in quantized.items())
     ram = max(memory.nbytes(needs[name] for name in batch) for batch in batches)
     waiting = max(len({needs[name].state for name in batch}) for batch in batches) * memory.state_nbytes
-    read = 2 * (sum(layer_numel(config)) + config.vocab_size * config.hidden_size)
+    read = 2 * _multiplied_numel(config)
     return [
         f"{what}, {len(variants)} policies with the reference on {num_windows} windows of {window_tokens} tokens: "
         f"{len(batches)} {'pass' if len(batches) == 1 else 'passes'} over the file, {read / 1e9:,.2f} GB each, "
@@ -159,20 +163,41 @@ def plan_prices(
 ) -> list[str]:
     """Lines for people: the time and RAM of pricing these specs on so many windows.
 
-    Counted are the forward, each layer again with its backward pass, the summed gradient, a product for every spec, and
-    quantizing; error compensation takes longer than what is probed of it.
+    Counted are the forward, each layer again with its backward pass, the summed gradient, a product for every spec,
+    quantizing, in reduced precision the error once more, and error compensation.
     """
     tokens = num_windows * window_tokens
-    numel = sum(layer_numel(config)) + config.vocab_size * config.hidden_size
-    passes_s = tokens * numel * (4 + len(specs)) * _seconds_a_multiplication(config, window_tokens)
+    numel = _multiplied_numel(config)
+    a_multiplication_s = _seconds_a_multiplication(config, window_tokens)
+    passes, a_spec = _REDUCED_PRODUCTS if reduced_precision else (4, 1)
+    passes_s = tokens * numel * (passes + a_spec * len(specs)) * a_multiplication_s
     quantizing_s = sum(numel * _seconds_a_weight(spec) for spec in specs)
-    needed, borders = needed_nbytes(config, tokens, len(specs), reduced_precision)
+    if reduced_precision:
+        quantizing_s += len(specs) * numel * _seconds_a_weight(ROUNDED_ERROR)
+    quantizing_s += _compensation(config, specs) * a_multiplication_s
+    needed, borders = needed_nbytes(config, tokens, specs, reduced_precision)
     return [
         f"prices, {len(specs)} specs on {num_windows} windows of {window_tokens} tokens: one forward and one backward "
         f"pass over the file, about {passes_s + quantizing_s:,.0f} s, {quantizing_s:,.0f} s of it quantizing",
         f"  RAM beyond the mapped file: at most {needed / 1e9:,.2f} GB, {borders / 1e9:,.2f} GB of it hidden states, "
         "which --resume keeps in a file",
     ]
+
+
+def _compensation(config: TextConfig, specs: Collection[WeightSpec]) -> float:
+    """Multiplications of `+gptq`: half of cols³ for the factor of each matrix and rotation; of each spec rows·cols².
+
+    Matrix products are half of the latter, and what is done column by column takes about as long.
+    """
+    fitted = [spec for spec in specs if spec.gptq]
+    rotations = len({spec.hadamard_block for spec in fitted})
+    shapes = [t.shape for t in expected_tensors(config) if t.layer is not None and t.tensor_class and not t.unused]
+    return sum(rotations * cols**3 / 2 + len(fitted) * rows * cols**2 for rows, cols in shapes)
+
+
+def _multiplied_numel(config: TextConfig) -> int:
+    """The weights that a token is multiplied by: those of the layers and of the head."""
+    return sum(layer_numel(config)) + config.vocab_size * config.hidden_size
 
 
 def _seconds_a_multiplication(config: TextConfig, window_tokens: int) -> float:

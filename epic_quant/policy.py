@@ -15,7 +15,7 @@ from epic_quant.gemma4.config import TextConfig
 from epic_quant.gemma4.tensors import TextTensor, expected_tensors
 from epic_quant.gemma4.weights import CheckpointWeights, Weights
 from epic_quant.kv import layer_nbytes
-from epic_quant.quant import Weight, quantize
+from epic_quant.quant import Hessian, Weight, quantize
 from epic_quant.spec import BF16, KVSpec, PolicySpec, WeightSpec
 
 _PROBE_ROWS = 4
@@ -29,7 +29,7 @@ class PolicyWeights(Weights):
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, policy: PolicySpec, hessians: Mapping[str, Tensor] | None = None
+        self, checkpoint: Checkpoint, policy: PolicySpec, hessians: Mapping[str, Hessian] | None = None
     ) -> None:
         self._source = CheckpointWeights(checkpoint)
         check(policy, self._source.config)

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.gemma4.config import TextConfig
+from epic_quant.gemma4.tensors import expected_tensors
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _FACTS = _REPOSITORY / "benchmarks" / "facts"
@@ -203,3 +205,58 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(_REPOSITORY / "tests"):
             item.add_marker(pytest.mark.filterwarnings("error"))
+
+
+# A KV source layer of each type, and one sharing layer.
+_FEW_LAYERS = ["sliding_attention", "full_attention", "full_attention"]
+
+
+@pytest.fixture
+def few_layers_of_e4b(tmp_path: Path) -> Path:
+    """A checkpoint of E4B's shapes with three layers, random weights, and an eighth of the vocabulary."""
+    whole = json.loads((_FACTS / "gemma-4-E4B.config.json").read_text(encoding="utf-8"))
+    text = whole["text_config"]
+    few = {"num_hidden_layers": 3, "layer_types": _FEW_LAYERS, "num_kv_shared_layers": 1}
+    few |= {"vocab_size": 2**15, "vocab_size_per_layer_input": 2**15}
+    (tmp_path / "config.json").write_text(json.dumps(whole | {"text_config": text | few}), encoding="utf-8")
+    config = TextConfig.from_json(whole | {"text_config": text | few})
+    rng = torch.Generator().manual_seed(0)
+    tensors = {}
+    for tensor in expected_tensors(config):
+        cols = tensor.shape[-1]
+        made = torch.empty(tensor.shape, dtype=torch.bfloat16)
+        tensors[tensor.name] = made.normal_(0.0, cols**-0.5, generator=rng) if made.dim() == 2 else made.fill_(0.5)
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+class Peak:
+    """The most anonymous memory that the process has while it lasts, over what it had before."""
+
+    def __init__(self) -> None:
+        self._done, self.nbytes = threading.Event(), 0
+        self._thread = threading.Thread(target=self._watch, args=(self._now(),))
+
+    def _now(self) -> int:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+    def _watch(self, before: int) -> None:
+        while not self._done.wait(0.02):
+            self.nbytes = max(self.nbytes, self._now() - before)
+
+    def __enter__(self) -> Peak:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+
+@pytest.fixture
+def peak() -> Peak:
+    """A `Peak`; skips where the system does not report anonymous memory."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("this system does not report anonymous memory")
+    return Peak()

@@ -29,6 +29,7 @@ from epic_quant.policy import check, check_kv
 from epic_quant.prices import CANDIDATES
 from epic_quant.quality import Ablation, Variant, ablations, noise_floor
 from epic_quant.quality.passes import default_memory_nbytes
+from epic_quant.quant import Hessian
 from epic_quant.records import SCHEMA_VERSION
 from epic_quant.results.prices import prices_path
 from epic_quant.spec import NAMED, NAMED_KV, NOISE_FLOOR, REFERENCE, KVSpec, PolicySpec, TensorClass, WeightSpec
@@ -183,7 +184,7 @@ class Run:
         """Windows of the evaluation text, int64 [num_windows, window_tokens]; see `text.token_windows`."""
         return token_windows(self.checkpoint, self.text, num_windows, window_tokens)
 
-    def hessians(self, folder: Path) -> Mapping[str, Tensor]:
+    def hessians(self, folder: Path) -> Mapping[str, Hessian]:
         """The Hessians that +gptq is fitted with: `--hessians`, or gathered from the calibration text into `folder`.
 
         None at all on a large checkpoint without `--hessians`: gathering them is a run of its own. Raises TokenError

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from epic_quant.gemma4.tensors import TextTensor, expected_tensors
 from epic_quant.gemma4.weights import CheckpointWeights
 from epic_quant.policy import row_nbytes
 from epic_quant.prices.backward import EMBEDDING, Backward, HeadRows, KeysValues, Linear, Rows
-from epic_quant.quant import StoredMatrix, Weight, from_tensors, quantize
+from epic_quant.quant import Hessian, StoredMatrix, Weight, from_tensors, quantize
 from epic_quant.quant.stored import row_chunks
 from epic_quant.results.prices import Priced, Prices
 from epic_quant.spec import KVSpec, TensorClass, WeightSpec
@@ -47,7 +47,7 @@ CANDIDATES = tuple(
 )
 # What errors are rounded to in reduced precision, so many weights at a time; and the weights that the diagonal form is
 # taken on then, in whole rows.
-_ERROR = WeightSpec.parse("int8")
+ROUNDED_ERROR = WeightSpec.parse("int8")
 _CHUNK = 2**19
 _DIAGONAL_NUMEL = 2**20
 _TABLES = (TensorClass.PLE_TABLE, TensorClass.EMBEDDING)
@@ -69,7 +69,7 @@ def price(
     specs: Sequence[WeightSpec] = CANDIDATES,
     kv_specs: Iterable[KVSpec] = (),
     *,
-    hessians: Mapping[str, Tensor] | None = None,
+    hessians: Mapping[str, Hessian] | None = None,
     context: int = 8192,
     samples: int = 1,
     seed: int = 0,
@@ -96,7 +96,7 @@ def price(
     if windows.dim() != 2 or windows.shape[1] < 2:
         raise TokenError(f"windows of shape {list(windows.shape)} have nothing to predict; expected 2 tokens or more")
     windows = windows.long().repeat(samples, 1)
-    _check_memory(config, windows, len(specs), reduced_precision, memory_nbytes, folder)
+    _check_memory(config, windows, specs, reduced_precision, memory_nbytes, folder)
     num_tokens, hessians = windows.numel(), hessians or {}
     quantized_kv = [spec for spec in kv_specs if not spec.is_plain]
     sums = {
@@ -137,7 +137,9 @@ def price(
     )
 
 
-def needed_nbytes(config: TextConfig, num_tokens: int, num_specs: int, reduced_precision: bool) -> tuple[int, int]:
+def needed_nbytes(
+    config: TextConfig, num_tokens: int, specs: Collection[WeightSpec], reduced_precision: bool
+) -> tuple[int, int]:
     """Anonymous memory that pricing takes at most, and the part of it that hidden states at the borders are."""
     borders = 4 * num_tokens * config.hidden_size * (config.num_layers + 1)
     ple = 3 * 4 * num_tokens * config.num_layers * config.ple_dim
@@ -149,19 +151,23 @@ def needed_nbytes(config: TextConfig, num_tokens: int, num_specs: int, reduced_p
     working = 3 * largest if reduced_precision else 4 * max(layers) + 4 * 4 * largest
     # Inputs and gradients, and the outputs of one matrix.
     wide = sum(sum(tensor.shape) for tensor in matrices) // config.num_layers + max(t.shape[0] for t in matrices)
-    derivatives = 4 * num_tokens * num_specs * (len(matrices) + 3)
-    return math.ceil(1.2 * (borders + ple + working + 2 * 4 * num_tokens * wide + derivatives)), borders
+    derivatives = 4 * num_tokens * len(specs) * (len(matrices) + 3)
+    # A layer's inverse Cholesky factors, one for each rotation, and what making the largest takes.
+    rotations = len({spec.hadamard_block for spec in specs if spec.gptq})
+    squares = [[t.shape[1] ** 2 for t in matrices if t.layer == layer.index] for layer in config.layers]
+    factors = 4 * (rotations * max(map(sum, squares)) + 4 * max(map(max, squares))) if rotations else 0
+    return math.ceil(1.2 * (borders + ple + working + factors + 2 * 4 * num_tokens * wide + derivatives)), borders
 
 
 def _check_memory(
     config: TextConfig,
     windows: Tensor,
-    num_specs: int,
+    specs: Collection[WeightSpec],
     reduced_precision: bool,
     memory_nbytes: int | None,
     folder: Path | None,
 ) -> None:
-    needed, borders = needed_nbytes(config, windows.numel(), num_specs, reduced_precision)
+    needed, borders = needed_nbytes(config, windows.numel(), specs, reduced_precision)
     needed -= 0 if folder is None else borders
     if memory_nbytes is not None and needed > memory_nbytes:
         ways = "take fewer windows or more memory" + ("" if folder else ", or keep hidden states in a folder")
@@ -188,7 +194,7 @@ def _fastest_dtype() -> torch.dtype:
 
 
 def _fitting(
-    weights: CheckpointWeights, specs: Sequence[WeightSpec], hessians: Mapping[str, Tensor]
+    weights: CheckpointWeights, specs: Sequence[WeightSpec], hessians: Mapping[str, Hessian]
 ) -> Iterable[tuple[TextTensor, tuple[WeightSpec, ...]]]:
     """Every matrix in use with the specs that fit it.
 
@@ -238,7 +244,7 @@ def _add_products(
     its: _Tensor,
     captured: Linear | HeadRows,
     weight: Weight,
-    hessian: Tensor | None,
+    hessian: Hessian | None,
     num_predicted: int,
     reduced_precision: bool,
 ) -> None:
@@ -264,10 +270,14 @@ def _add_products(
 def _rounded_error(stored: StoredMatrix, weight: Tensor) -> StoredMatrix:
     """ΔW in 8 bits with a scale for each row, made some rows at a time, which stay in a core's cache."""
     chunks = [
-        quantize(stored.rows(torch.arange(rows.start, rows.stop)).dequantize().sub_(weight[rows]), _ERROR).tensors()
+        quantize(
+            stored.rows(torch.arange(rows.start, rows.stop)).dequantize().sub_(weight[rows]), ROUNDED_ERROR
+        ).tensors()
         for rows in row_chunks(*stored.shape, _CHUNK)
     ]
-    return from_tensors(_ERROR, {name: torch.cat([one[name] for one in chunks]) for name in chunks[0]}, stored.shape)
+    return from_tensors(
+        ROUNDED_ERROR, {name: torch.cat([one[name] for one in chunks]) for name in chunks[0]}, stored.shape
+    )
 
 
 def _add_rows(its: _Tensor, looked_up: Rows, backward: Backward) -> None:
@@ -282,12 +292,18 @@ def _add_rows(its: _Tensor, looked_up: Rows, backward: Backward) -> None:
 
 
 def _price_kv(captured: KeysValues, config: TextConfig, specs: Sequence[KVSpec], context: int) -> Priced:
-    """S of every token's K and V: what its stored values differ by, times the gradients at them."""
+    """S of every token's K and V: what its stored values differ by, times the gradients at them.
+
+    An error that all keys of a window and head have in common shifts all scores of a query alike, and costs nothing:
+    gradients at keys sum to zero. Between single tokens that would not cancel, so it is taken off first.
+    """
     derivatives = torch.zeros(len(specs), captured.k.shape[0] * captured.k.shape[2])
     for index, spec in enumerate(specs):
         cache = kv.KVCache(config, spec, batch_size=len(captured.k))
         k, v = cache.update(captured.layer, captured.k, captured.v)
-        at_k = torch.linalg.vecdot(k - captured.k, captured.k_gradient).sum(1)  # [N, T]
+        k_error = k - captured.k
+        k_error -= k_error.mean(2, keepdim=True)
+        at_k = torch.linalg.vecdot(k_error, captured.k_gradient).sum(1)  # [N, T]
         at_v = torch.linalg.vecdot(v - captured.v, captured.v_gradient).sum(1)
         derivatives[index] = (at_k + at_v).flatten()
     return Priced(

@@ -20,6 +20,7 @@ from epic_quant.quality.measures import Quality, TokenMeasures
 from epic_quant.quality.passes import Memory, default_memory_nbytes, passes, work
 from epic_quant.quality.stream import State, Stream
 from epic_quant.quality.variants import Variant, noise_floor, with_reference
+from epic_quant.quant import Hessian
 from epic_quant.spec import NOISE_FLOOR, PolicySpec
 
 
@@ -36,7 +37,7 @@ def evaluate(
     policies: Mapping[str, PolicySpec | Variant],
     windows: Tensor,
     *,
-    hessians: Mapping[str, Tensor] | None = None,
+    hessians: Mapping[str, Hessian] | None = None,
     memory_nbytes: int | None = None,
     resume: Path | None = None,
     progress: bool | None = False,
@@ -60,7 +61,7 @@ def measure(
     policies: Mapping[str, PolicySpec | Variant],
     windows: Tensor,
     *,
-    hessians: Mapping[str, Tensor] | None = None,
+    hessians: Mapping[str, Hessian] | None = None,
     memory_nbytes: int | None = None,
     resume: Path | None = None,
     progress: bool | None = False,
@@ -131,7 +132,7 @@ def run_pass(
     checkpoint: Checkpoint,
     variants: Mapping[str, Variant],
     windows: Tensor,
-    hessians: Mapping[str, Tensor],
+    hessians: Mapping[str, Hessian],
     *,
     states: Sequence[State] = (),
     layers: int = 0,

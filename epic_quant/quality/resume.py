@@ -20,6 +20,7 @@ from epic_quant.gemma4.config import TextConfig
 from epic_quant.quality.measures import TokenMeasures
 from epic_quant.quality.stream import State, WindowsKV
 from epic_quant.quality.variants import Variant
+from epic_quant.quant import Hessian
 
 _KEY = "epic_quant_quality_state"
 _MEASURES = ("log_prob", "reference_log_prob", "kl", "same_top")
@@ -37,7 +38,7 @@ class Identity:
 
     @classmethod
     def of(
-        cls, checkpoint: Checkpoint, variants: Mapping[str, Variant], windows: Tensor, hessians: Mapping[str, Tensor]
+        cls, checkpoint: Checkpoint, variants: Mapping[str, Variant], windows: Tensor, hessians: Mapping[str, Hessian]
     ) -> Identity:
         """Of hessians the first in order stand for all."""
         first = next(iter(hessians), None)
@@ -45,7 +46,7 @@ class Identity:
             checkpoint=checkpoint.fingerprint,
             windows=_sha256(windows),
             variants={name: str(variant) for name, variant in variants.items()},
-            hessians="none" if first is None else _sha256(hessians[first]),
+            hessians="none" if first is None else _sha256(hessians[first].read()),
         )
 
     def check(self, path: Path, found: Identity) -> None:

@@ -37,7 +37,7 @@ from epic_quant.quality.variants import (
     layer_key,
     start_key,
 )
-from epic_quant.quant import Weight
+from epic_quant.quant import Hessian, Weight
 from epic_quant.spec import REFERENCE, KVSpec
 
 # Tokens that go through a layer together, in whole windows. It depends on nothing else, so that neither the number of
@@ -104,7 +104,7 @@ class Stream:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, variants: Mapping[str, Variant], windows: Tensor, hessians: Mapping[str, Tensor]
+        self, checkpoint: Checkpoint, variants: Mapping[str, Variant], windows: Tensor, hessians: Mapping[str, Hessian]
     ) -> None:
         self._checkpoint, self._variants, self._windows = checkpoint, variants, windows
         self._weights = {name: variant.weights(checkpoint, hessians) for name, variant in variants.items()}

@@ -8,7 +8,6 @@ from functools import cache
 from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
 
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import SpecError
@@ -16,6 +15,7 @@ from epic_quant.gemma4.config import LayerSpec, TextConfig
 from epic_quant.gemma4.tensors import TextTensor, expected_tensors
 from epic_quant.gemma4.weights import Weights
 from epic_quant.policy import PolicyWeights, check, spec_of
+from epic_quant.quant import Hessian
 from epic_quant.spec import BF16, NAMED, NOISE_FLOOR, REFERENCE, LayerKVSpec, PolicySpec, TensorClass, WeightSpec
 
 # Equal for two variants that store a tensor alike; None where it is as the checkpoint has it.
@@ -32,7 +32,7 @@ class Variant:
     def __str__(self) -> str:
         return f"{self.policy}; {str(self.dtype).removeprefix('torch.')}"
 
-    def weights(self, checkpoint: Checkpoint, hessians: Mapping[str, Tensor]) -> Weights:
+    def weights(self, checkpoint: Checkpoint, hessians: Mapping[str, Hessian]) -> Weights:
         """The weights that it computes with."""
         return PolicyWeights(checkpoint, self.policy, hessians)
 

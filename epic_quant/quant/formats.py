@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from epic_quant.errors import QuantizationError
+from epic_quant.quant.gptq import Hessian
 from epic_quant.quant.stored import StoredMatrix
 from epic_quant.spec import FORMATS, WeightSpec
 
@@ -22,7 +23,7 @@ class Format(ABC):
 
     @abstractmethod
     def quantize(
-        self, weight: Tensor, spec: WeightSpec, hessian: Tensor | None = None, backend: str | None = None
+        self, weight: Tensor, spec: WeightSpec, hessian: Tensor | Hessian | None = None, backend: str | None = None
     ) -> StoredMatrix:
         """As `quant.quantize`, which has checked that `weight` is a matrix of floats."""
 
@@ -38,13 +39,14 @@ class Format(ABC):
 
 
 def quantize(
-    weight: Tensor, spec: WeightSpec, hessian: Tensor | None = None, *, backend: str | None = None
+    weight: Tensor, spec: WeightSpec, hessian: Tensor | Hessian | None = None, *, backend: str | None = None
 ) -> StoredMatrix:
     """`weight` [rows, cols], of any float dtype and finite in fp32, as `spec` stores it, row by row.
 
-    `hessian` [cols, cols], fp32 or fp64, is the mean of x xᵀ over the layer's inputs x; only gptq reads it. `backend`
-    names what computes, here and with the result: an instruction set, or `reference`; by default, what
-    `quant.backends.default` says. Raises QuantizationError for a weight or Hessian that does not fit.
+    `hessian` [cols, cols], fp32 or fp64, is the mean of x xᵀ over the layer's inputs x; only gptq reads it, and a
+    `Hessian` keeps what gptq makes of it for the next weight or spec. `backend` names what computes, here and with the
+    result: an instruction set, or `reference`; by default, what `quant.backends.default` says. Raises
+    QuantizationError for a weight or Hessian that does not fit.
     """
     if weight.dim() != 2 or weight.numel() == 0 or not weight.is_floating_point():
         raise QuantizationError(f"a {weight.dtype} tensor of shape {list(weight.shape)} is no matrix of floats")

@@ -5,37 +5,66 @@ Frantar et al., "GPTQ" (2022): least ‖X (W - Ŵ)ᵀ‖ given the Hessian XᵀX
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from epic_quant.errors import QuantizationError
-from epic_quant.quant.scales import stored_scale
+from epic_quant.quant import hadamard
 
 _BLOCK = 128
 _DAMPING = 0.01
+
+# Columns of the factor found at a time: so the zeros below its diagonal are not computed.
+_FACTOR_COLUMNS = 1024
+# Rows of a Hessian that are compared with its columns at a time.
+_SYMMETRY_ROWS = 256
 
 
 class GroupCodec(Protocol):
     """What a `GroupedFormat` does to groups."""
 
-    def fit(self, groups: Tensor) -> Tensor: ...
     def encode(self, groups: Tensor, scale: Tensor) -> Tensor: ...
     def decode(self, codes: Tensor, scale: Tensor) -> Tensor: ...
 
 
-def check_hessian(hessian: Tensor | None, cols: int) -> Tensor:
-    """Gives back `hessian`, or raises QuantizationError: none, not [cols, cols], not finite, not symmetric."""
-    if hessian is None:
-        raise QuantizationError("gptq needs the Hessian of the layer's inputs, and got none")
+class Hessian:
+    """The mean of x xᵀ over a layer's inputs x, with the inverse Cholesky factors of it: one for each rotation.
+
+    They depend on nothing else, so weights that multiply the same input share one of these, and so do all specs.
+    `read` gives it, fp32 or fp64 [cols, cols]; only factors are kept, once they have been asked for.
+    """
+
+    def __init__(self, read: Callable[[], Tensor]) -> None:
+        self.read = read
+        self._factors: dict[int, Tensor] = {}  # by Hadamard block
+
+    def factor(self, cols: int, hadamard_block: int) -> Tensor:
+        """As `inverse_cholesky_factor`, for rows of `cols` rotated in such blocks; 0 is not rotated.
+
+        Raises QuantizationError where the Hessian is not [cols, cols], not finite or not symmetric.
+        """
+        if hadamard_block not in self._factors:
+            hessian = _checked(self.read(), cols)
+            if hadamard_block:
+                hessian = hadamard.rotate(hadamard.rotate(hessian, hadamard_block).T, hadamard_block)
+            self._factors[hadamard_block] = inverse_cholesky_factor(hessian)
+        return self._factors[hadamard_block]
+
+
+def _checked(hessian: Tensor, cols: int) -> Tensor:
     if hessian.shape != (cols, cols):
         raise QuantizationError(
             f"the Hessian has the shape {list(hessian.shape)}; rows of {cols} weights need {[cols, cols]}"
         )
-    if not hessian.isfinite().all():
+    least, largest = hessian.aminmax()
+    if not (least.isfinite() and largest.isfinite()):
         raise QuantizationError("the Hessian holds NaN or infinity")
-    if (hessian - hessian.T).abs().max() > 1e-3 * hessian.abs().max():
+    rows = zip(hessian.split(_SYMMETRY_ROWS), hessian.split(_SYMMETRY_ROWS, dim=1), strict=True)
+    most = max((mirrored.T.contiguous() - own).abs_().max() for own, mirrored in rows)
+    if most > 1e-3 * torch.maximum(-least, largest):
         raise QuantizationError("the Hessian is not symmetric")
     return hessian
 
@@ -47,37 +76,51 @@ def inverse_cholesky_factor(hessian: Tensor) -> Tensor:
     damping, so its column is rounded plainly. Raises QuantizationError where there is no factor.
     """
     mean = hessian.diagonal().mean().item() or 1.0
-    identity = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
     for damping in (_DAMPING, 10 * _DAMPING, 100 * _DAMPING):
         # With both axes reversed, the lower factor L of the hessian becomes an upper one, and U is its inverse.
-        damped = hessian + identity * (damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        damped = hessian.flip(0, 1)
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not failed:
-            factor: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-            return factor.float()
+            return _inverse_of_upper(lower.flip(0, 1)).float()
     raise QuantizationError("the Hessian is not positive semidefinite")
 
 
-def encode(weight: Tensor, factor: Tensor, group_size: int, codec: GroupCodec) -> tuple[Tensor, Tensor]:
+def _inverse_of_upper(matrix: Tensor) -> Tensor:
+    """That of an upper triangular matrix [n, n], some columns at a time: they have nothing in the rows below."""
+    inverse = torch.zeros_like(matrix)
+    for start in range(0, len(matrix), _FACTOR_COLUMNS):
+        stop = min(start + _FACTOR_COLUMNS, len(matrix))
+        identity = matrix.new_zeros(stop, stop - start)
+        identity[start:].fill_diagonal_(1)
+        inverse[:stop, start:stop] = torch.linalg.solve_triangular(matrix[:stop, :stop], identity, upper=True)
+    return inverse
+
+
+def encode(
+    weight: Tensor, factor: Tensor, group_size: int, codec: GroupCodec, fit: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
     """Codes [rows, cols] and scales [rows, groups], fp16, of `weight` [rows, cols] fp32.
 
-    A group's scale is found when the group is reached, from the weights as compensation has left them.
+    `fit` finds the scales [n, scales a group], fp16, of groups [n, size]: when the group is reached, from the weights
+    as compensation has left them.
     """
     columns = weight.T.contiguous()  # a column is read at a time, and should lie together
     codes = torch.empty(columns.shape, dtype=torch.uint8, device=columns.device)
     scales = []
     for group in range(0, len(columns), group_size):
-        scale = stored_scale(codec.fit(columns[group : group + group_size].T.contiguous()))
-        scales.append(scale)
+        scales.append(fit(columns[group : group + group_size].T.contiguous()))
+        scale = scales[-1].float()
         for start in range(group, group + group_size, _BLOCK):
             stop = min(start + _BLOCK, group + group_size)
             errors = torch.empty_like(columns[start:stop])
             for column in range(start, stop):
                 compensation = factor[start:column, column] @ errors[: column - start]
                 value = (columns[column] - compensation).unsqueeze(1)
-                code = codec.encode(value, scale.float())
+                code = codec.encode(value, scale)
                 codes[column] = code.squeeze(1)
-                error = value - codec.decode(code, scale.float())
+                error = value - codec.decode(code, scale)
                 errors[column - start] = error.squeeze(1) / factor[column, column]
             # Later columns learn of a whole block at once, by one matrix product.
             columns[stop:] -= factor[start:stop, stop:].T @ errors

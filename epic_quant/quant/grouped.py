@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -15,14 +15,15 @@ from epic_quant.quant import backends, gptq, hadamard
 from epic_quant.quant.backends import KernelMatrix, Rotation, Rule
 from epic_quant.quant.bitpack import Packing
 from epic_quant.quant.formats import Format, check_finite, format_named
+from epic_quant.quant.gptq import Hessian
 from epic_quant.quant.scales import SCALE_DTYPE, stored_scale
 from epic_quant.quant.stored import StoredMatrix, bits_per_weight, row_chunks
 from epic_quant.spec import WeightSpec
 
-# Weights worked on at a time: temporaries of 1 MB in fp32 stay in a core's cache. Error compensation multiplies
-# matrices, and wants more rows at once.
+# Weights worked on at a time: temporaries of 1 MB in fp32 stay in a core's cache. Error compensation takes a column
+# of so many rows at once, which outweighs what starting an operation takes.
 _CHUNK = 2**18
-_COMPENSATED_CHUNK = 2**23
+_COMPENSATED_ROWS = 2560
 
 # Far beyond what has a scale in fp16: so that sums in a rotation do not overflow.
 MAX_ROTATED = 2.0**100
@@ -56,7 +57,7 @@ class GroupedFormat(Format):
         """The values that codes stand for: [n, size] uint8 to [n, size] fp32. A zero scale gives zeros."""
 
     def quantize(
-        self, weight: Tensor, spec: WeightSpec, hessian: Tensor | None = None, backend: str | None = None
+        self, weight: Tensor, spec: WeightSpec, hessian: Tensor | Hessian | None = None, backend: str | None = None
     ) -> GroupedMatrix:
         """As `quant.quantize`. A scale saturates at 65504, and weights too small for the least one become zeros."""
         rows, cols = weight.shape
@@ -68,8 +69,8 @@ class GroupedFormat(Format):
         (_, packed_shape), (_, scale_shape) = self.layout(spec, (rows, cols)).values()
         packed = torch.empty(packed_shape, dtype=torch.uint8, device=weight.device)
         scale = torch.empty(scale_shape, dtype=SCALE_DTYPE, device=weight.device)
-        factor = _inverse_cholesky_factor(spec, hessian, cols) if spec.gptq else None
-        for chunk in row_chunks(rows, cols, _COMPENSATED_CHUNK if spec.gptq else _CHUNK):
+        factor = _factor(spec, hessian, cols) if spec.gptq else None
+        for chunk in row_chunks(rows, cols, _CHUNK if factor is None else _COMPENSATED_ROWS * cols):
             values = weight[chunk].float().contiguous()
             check_finite(values, chunk.start)
             if spec.hadamard_block:
@@ -80,9 +81,17 @@ class GroupedFormat(Format):
                 codes = self.encode(groups, scales).view(values.shape)
                 scale[chunk] = stored_scale(scales).view(len(values), -1)
             else:
-                codes, scale[chunk] = gptq.encode(values, factor, spec.group_of(cols), self)
+                fit = partial(self._stored_fit, backend=backend)
+                codes, scale[chunk] = gptq.encode(values, factor, spec.group_of(cols), self, fit)
             packed[chunk] = self.packing.pack(codes)
         return GroupedMatrix(packed, scale, cols, spec, backend)
+
+    def _stored_fit(self, groups: Tensor, backend: str | None) -> Tensor:
+        """The scales as they are stored, fp16: of [n, size] fp32, by a kernel where there is one."""
+        kernels = backends.kernels_for(self.name, groups.device, backend)
+        if kernels is None or self.rule is None:
+            return stored_scale(self.fit(groups))
+        return kernels.quantize(self.rule, groups, groups.shape[1], isa=backend).scale
 
     def from_tensors(
         self, spec: WeightSpec, tensors: Mapping[str, Tensor], shape: tuple[int, int], backend: str | None = None
@@ -209,9 +218,8 @@ def _rotation(spec: WeightSpec, cols: int) -> Rotation | None:
     return hadamard.rotation(cols, block) if block else None
 
 
-def _inverse_cholesky_factor(spec: WeightSpec, hessian: Tensor | None, cols: int) -> Tensor:
-    """That of the Hessian of rotated inputs, where rows are rotated."""
-    hessian = gptq.check_hessian(hessian, cols)
-    if spec.hadamard_block:
-        hessian = hadamard.rotate(hadamard.rotate(hessian, spec.hadamard_block).T, spec.hadamard_block)
-    return gptq.inverse_cholesky_factor(hessian)
+def _factor(spec: WeightSpec, hessian: Tensor | Hessian | None, cols: int) -> Tensor:
+    if hessian is None:
+        raise QuantizationError("gptq needs the Hessian of the layer's inputs, and got none")
+    shared = hessian if isinstance(hessian, Hessian) else Hessian(lambda: hessian)
+    return shared.factor(cols, spec.hadamard_block)

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from epic_quant.quant.backends import REFERENCE
 from epic_quant.quant.formats import Format, check_finite
+from epic_quant.quant.gptq import Hessian
 from epic_quant.quant.stored import StoredMatrix, bits_per_weight, row_chunks
 from epic_quant.spec import WeightSpec
 
@@ -73,7 +74,7 @@ class Plain(Format):
     name = "bf16"
 
     def quantize(
-        self, weight: Tensor, spec: WeightSpec, hessian: Tensor | None = None, backend: str | None = None
+        self, weight: Tensor, spec: WeightSpec, hessian: Tensor | Hessian | None = None, backend: str | None = None
     ) -> StoredMatrix:
         """As `quant.quantize`; a weight in bf16 is kept and not copied."""
         is_bf16 = weight.dtype is torch.bfloat16

@@ -1,5 +1,7 @@
 """Derivatives against sums written out, and prices against the divergence that is measured."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +9,12 @@ import torch
 from epic_quant.calibration import gather
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import CheckpointError, SpecError, TokenError
+from epic_quant.gemma4.tensors import expected_tensors
 from epic_quant.gemma4.weights import CheckpointWeights
-from epic_quant.prices import price
+from epic_quant.plan import plan_prices
+from epic_quant.prices import needed_nbytes, price
 from epic_quant.prices.backward import Backward, HeadRows, KeysValues, Linear, Rows
-from epic_quant.quant import quantize
+from epic_quant.quant import Hessian, quantize
 from epic_quant.spec import KVSpec, PolicySpec, WeightSpec
 
 from .conftest import WINDOWS
@@ -81,6 +85,14 @@ def test_error_compensation_is_priced_with_the_hessian_given(toy_checkpoint, tmp
     assert all(one.candidates == (str(INT4),) for one in without.tensors)
 
 
+def test_an_error_that_all_keys_have_in_common_costs_nothing(toy_checkpoint):
+    """Softmax does not know a number added to all scores of a query: gradients at a window's keys sum to zero."""
+    for one in Backward(CheckpointWeights(toy_checkpoint), WINDOWS, seed=0).run():
+        if isinstance(one, KeysValues):
+            assert one.k_gradient.sum(2).norm() < 1e-5 * one.k_gradient.norm()
+            assert one.v_gradient.sum(2).norm() > 1e-2 * one.v_gradient.norm()
+
+
 def test_k_and_v_are_priced_by_what_a_cache_changes_of_them(toy_checkpoint):
     """int8 is one scale a token and head, so a head's rows are rows of a matrix."""
     spec = KVSpec.parse("int8")
@@ -92,6 +104,8 @@ def test_k_and_v_are_priced_by_what_a_cache_changes_of_them(toy_checkpoint):
             s = torch.zeros(WINDOWS.shape)
             for x, gradient in ((one.k, one.k_gradient), (one.v, one.v_gradient)):
                 error = quantize(x.flatten(0, 2), WeightSpec.parse("int8")).dequantize().view_as(x) - x
+                if x is one.k:
+                    error -= error.mean(2, keepdim=True)
                 s += (error * gradient).sum(-1).sum(1)
             found[one.layer] = s.flatten()
     assert [one.layer for one in prices.kv] == sorted(found)
@@ -233,3 +247,48 @@ def test_a_spec_that_fits_no_tensor_is_refused_by_name(toy_checkpoint):
 def test_a_weight_that_is_no_number_is_refused(toy_checkpoint_with_nan):
     with pytest.raises(CheckpointError, match="layer 1 is not finite"):
         price(toy_checkpoint_with_nan, WINDOWS, [INT4])
+
+
+@pytest.mark.slow
+def test_pricing_takes_no_more_memory_than_planned(few_layers_of_e4b, peak, capsys):
+    """In reduced precision, with error compensation, on 1,024 tokens of three layers of E4B's shape."""
+    windows = torch.randint(3, 2**15, (1, 1024), generator=torch.Generator().manual_seed(0))
+    specs = [WeightSpec.parse(text) for text in ("int4-g128", "codebook3+had256+gptq")]
+    with Checkpoint.open(few_layers_of_e4b) as checkpoint:
+        weights = CheckpointWeights(checkpoint)
+        needed, _ = needed_nbytes(weights.config, windows.numel(), specs, reduced_precision=True)
+        hessians = {
+            tensor.name: Hessian(partial(torch.eye, tensor.shape[1]))
+            for tensor in weights.tensors.values()
+            if tensor.layer == 1 and tensor.target
+        }
+        with peak:
+            price(checkpoint, windows, specs, hessians=hessians, reduced_precision=True)
+    with capsys.disabled():
+        print(f"\npeak anonymous memory of pricing: {peak.nbytes / 1e9:.2f} GB, planned {needed / 1e9:.2f} GB")
+    assert 0.3 * needed < peak.nbytes <= needed
+
+
+@pytest.mark.parametrize(("reduced_precision", "passes", "a_spec"), [(False, 4, 1), (True, 1.5, 0.3)])
+def test_the_planned_time_is_that_of_its_parts(reduced_precision, passes, a_spec, e4b, monkeypatch):
+    """Multiplications of the passes and of `+gptq`, and weights that are quantized, at a picosecond each."""
+    monkeypatch.setattr("epic_quant.plan._seconds_a_multiplication", lambda config, tokens: 1e-12)
+    monkeypatch.setattr("epic_quant.plan._seconds_a_weight", lambda spec: 1e-7)
+    specs = [WeightSpec.parse(text) for text in ("int4", "codebook3+had256+gptq", "codebook2+had256+gptq")]
+    shapes = [t.shape for t in expected_tensors(e4b) if t.layer is not None and t.tensor_class and not t.unused]
+    numel = sum(rows * cols for rows, cols in shapes) + 262144 * 2560
+    compensated = sum(2 * rows * cols**2 + cols**3 / 2 for rows, cols in shapes)
+    quantizing = 1e-7 * numel * 3 * (2 if reduced_precision else 1) + 1e-12 * compensated
+    total = 1e-12 * 2048 * numel * (passes + 3 * a_spec) + quantizing
+    said = plan_prices(e4b, specs, 2, 1024, reduced_precision)[0]
+    assert said.endswith(f", about {total:,.0f} s, {quantizing:,.0f} s of it quantizing")
+
+
+def test_factors_are_planned_for_where_errors_are_compensated(e4b):
+    """One of E4B's down projection has 10240² weights of 4 bytes."""
+    texts = ("codebook3+had256", "codebook3+had256+gptq", "codebook2+had256+gptq")
+    plain, one, other = (WeightSpec.parse(text) for text in texts)
+    without, _ = needed_nbytes(e4b, 2048, [plain, plain], True)
+    shared, _ = needed_nbytes(e4b, 2048, [one, other], True)
+    assert 5 * 4 * 10240**2 < shared - without < 10 * 4 * 10240**2
+    assert shared < 8e9

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import astuple
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from epic_quant.policy import PolicyWeights
 from epic_quant.quality import Variant, evaluate, measure
 from epic_quant.quality.passes import work
 from epic_quant.quality.variants import with_reference
+from epic_quant.quant import Hessian
 from epic_quant.spec import NAMED, NOISE_FLOOR, REFERENCE, PolicySpec, TensorClass
 
 TOYS = ["e4b", "e2b", "no_ple", "no_sharing", "one_layer", "all_full", "wide_ple", "other_rope"]
@@ -210,7 +212,7 @@ def test_error_compensation_is_fitted_with_the_hessians(toy_checkpoint, windows)
     """With the identity for Hessians nothing is compensated, so it is the plain scheme; without any it is refused."""
     gptq, plain = PolicySpec.parse("ple_projections=int4+gptq"), PolicySpec.parse("ple_projections=int4")
     hessians = {
-        tensor.name: torch.eye(tensor.shape[1])
+        tensor.name: Hessian(partial(torch.eye, tensor.shape[1]))
         for tensor in CheckpointWeights(toy_checkpoint).tensors.values()
         if tensor.tensor_class is TensorClass.PLE_PROJECTIONS
     }

@@ -2,7 +2,6 @@
 
 import json
 import math
-import threading
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import TokenError
@@ -146,55 +144,10 @@ def test_the_plan_has_passes_time_ram_and_disk(toy_checkpoint):
 
 
 TOKENS = 2048
-# A KV source layer of each type, and one sharing layer.
-LAYER_TYPES = ["sliding_attention", "full_attention", "full_attention"]
-
-
-@pytest.fixture
-def few_layers_of_e4b(tmp_path):
-    """A checkpoint of E4B's shapes with three layers, random weights, and an eighth of the vocabulary."""
-    text = E4B_JSON["text_config"]
-    few = {"num_hidden_layers": 3, "layer_types": LAYER_TYPES, "num_kv_shared_layers": 1}
-    few |= {"vocab_size": 2**15, "vocab_size_per_layer_input": 2**15}
-    (tmp_path / "config.json").write_text(json.dumps(E4B_JSON | {"text_config": text | few}), encoding="utf-8")
-    config = TextConfig.from_json(E4B_JSON | {"text_config": text | few})
-    rng = torch.Generator().manual_seed(0)
-    tensors = {}
-    for tensor in expected_tensors(config):
-        cols = tensor.shape[-1]
-        made = torch.empty(tensor.shape, dtype=torch.bfloat16)
-        tensors[tensor.name] = made.normal_(0.0, cols**-0.5, generator=rng) if made.dim() == 2 else made.fill_(0.5)
-    save_file(tensors, tmp_path / "model.safetensors")
-    return tmp_path
-
-
-class Peak:
-    """The most anonymous memory that the process has while it lasts, over what it had before."""
-
-    def __init__(self):
-        self._done, self.nbytes = threading.Event(), 0
-        self._thread = threading.Thread(target=self._watch, args=(self._now(),))
-
-    def _now(self):
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
-
-    def _watch(self, before):
-        while not self._done.wait(0.02):
-            self.nbytes = max(self.nbytes, self._now() - before)
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception):
-        self._done.set()
-        self._thread.join()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not report anonymous memory")
-def test_four_policies_on_2048_tokens_of_e4bs_layers_take_less_than_6_gb(few_layers_of_e4b, capsys):
+def test_four_policies_on_2048_tokens_of_e4bs_layers_take_less_than_6_gb(few_layers_of_e4b, peak, capsys):
     """The growth of the process's anonymous memory at its peak is what the plan allows for, which for E4B is less.
 
     With all 42 layers nothing grows but the PLE inputs: 2048 tokens × 42 layers × 256 × 4 bytes are 88 MB, and as much
@@ -212,7 +165,7 @@ def test_four_policies_on_2048_tokens_of_e4bs_layers_take_less_than_6_gb(few_lay
 
     with Checkpoint.open(few_layers_of_e4b) as checkpoint:
         few = planned(TextConfig.read(checkpoint))
-        with Peak() as peak:
+        with peak:
             measure(checkpoint, policies, windows, memory_nbytes=6 * 10**9)
     with capsys.disabled():
         print(

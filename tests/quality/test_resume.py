@@ -10,6 +10,7 @@ from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import CheckpointError, SpecError, TokenError
 from epic_quant.quality import evaluate, measure
 from epic_quant.quality.stream import Stream
+from epic_quant.quant import Hessian
 from epic_quant.spec import PolicySpec
 
 POLICIES = {text: PolicySpec.parse(text) for text in ("mlp=int4", "full_attention=int4,kv=int4", "embedding=int4")}
@@ -107,7 +108,7 @@ def test_the_state_of_another_run_is_refused_in_one_line(state, toy, toy_checkpo
     other = {**POLICIES, "mlp=int4": PolicySpec.parse("mlp=int3")}
     others = windows.clone()
     others[1, 3] += 1
-    hessians = {"layers.0.mlp.down_proj.weight": torch.eye(80)}
+    hessians = {"layers.0.mlp.down_proj.weight": Hessian(lambda: torch.eye(80))}
     cases = [
         (SpecError, "of a run with other policies, which differ in mlp=int4", other, windows, None),
         (SpecError, "which differ in embedding=int4", dict(list(POLICIES.items())[:2]), windows, None),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from epic_quant.errors import QuantizationError
-from epic_quant.quant import quantize
+from epic_quant.quant import Hessian, quantize
 from epic_quant.quant.gptq import inverse_cholesky_factor
 from epic_quant.spec import WeightSpec
 
@@ -70,6 +70,32 @@ def test_the_factor_is_the_root_of_the_damped_inverse(layer):
     assert torch.equal(factor, factor.triu())
 
 
+@pytest.mark.parametrize("cols", [1023, 1025, 2500])
+def test_the_factor_in_slices_is_that_of_one_solution(cols):
+    rng = torch.Generator().manual_seed(0)
+    root = torch.randn(cols, cols, generator=rng, dtype=torch.float64)
+    hessian = root @ root.T / cols
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(cols)
+    expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    torch.testing.assert_close(inverse_cholesky_factor(hessian).double(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_weights_and_specs_with_one_input_share_its_factors(layer):
+    """One for each rotation, and bytes are those of a Hessian used once."""
+    weight, _, hessian = layer
+    asked = []
+
+    def read():
+        asked.append(1)
+        return hessian
+
+    shared = Hessian(read)
+    for one in (weight, weight.flip(0)):
+        for spec in ("int4-g32+gptq", "codebook3+had64+gptq", "codebook2+had64+gptq"):
+            assert same_tensors(stored(one, spec, shared), stored(one, spec, hessian))
+    assert len(asked) == 2
+
+
 def test_unused_inputs_and_singular_hessians_are_fine(layer):
     weight, inputs, _ = layer
     few = inputs[:20].clone()
@@ -114,7 +140,7 @@ def test_many_chunks_are_as_one_but_for_the_rounding_of_sums(layer, monkeypatch)
     """Matrix products of other shapes may add up in another order, and a code on the edge may then fall elsewhere."""
     spec = WeightSpec.parse("int4-g32+gptq")
     whole = quantize(layer[0], spec, layer[2]).dequantize()
-    monkeypatch.setattr("epic_quant.quant.grouped._COMPENSATED_CHUNK", 10 * COLS)
+    monkeypatch.setattr("epic_quant.quant.grouped._COMPENSATED_ROWS", 10)
     parts = quantize(layer[0], spec, layer[2]).dequantize()
     assert (parts == whole).float().mean() > 0.99
     assert output_error("int4-g32+gptq", layer, layer[2]) < 0.66 * output_error("int4-g32", layer, None)

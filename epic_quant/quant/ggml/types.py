@@ -15,6 +15,7 @@ from epic_quant.quant.backends import REFERENCE
 from epic_quant.quant.formats import Format, check_finite, format_named
 from epic_quant.quant.ggml.fitting import Levels, fit_scales, fit_scales_and_minima
 from epic_quant.quant.ggml.layout import Bits, EightPairs, Field, Joined, Signed, Trits, read_fp16, write_fp16
+from epic_quant.quant.gptq import Hessian
 from epic_quant.quant.stored import StoredMatrix, bits_per_weight, row_chunks
 from epic_quant.spec import FORMATS as SPEC_FORMATS
 from epic_quant.spec import FormatInfo, WeightSpec
@@ -53,7 +54,7 @@ class BlockFormat(Format):
         return SPEC_FORMATS[self.name]
 
     def quantize(
-        self, weight: Tensor, spec: WeightSpec, hessian: Tensor | None = None, backend: str | None = None
+        self, weight: Tensor, spec: WeightSpec, hessian: Tensor | Hessian | None = None, backend: str | None = None
     ) -> BlockMatrix:
         """As `quant.quantize`. Scales saturate at 65504, and weights too small for the least one become zeros."""
         rows, cols = weight.shape
