@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,15 +24,6 @@ _ROUNDING, _ROUNDING_AT_ZERO = 1e-6, 1e-9
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One thing that a run measured: a subject under its labels; a metric is the median where there were several."""
-
-    subject: str
-    labels: Mapping[str, str]
-    metrics: Mapping[str, float | None]
-
-
-@dataclass(frozen=True)
 class Change:
     """One metric of one thing, before and now; None where it could not be measured."""
 
@@ -46,8 +35,8 @@ class Change:
 
     @property
     def relative(self) -> float | None:
-        """The change as a part of the older value's magnitude; None where that is 0 or one of the two is missing."""
-        return None if self.before is None or self.now is None or not self.before else self._change / abs(self.before)
+        """As `relative_change`."""
+        return relative_change(self.before, self.now)
 
     @property
     def verdict(self) -> Literal["better", "worse", "same"] | None:
@@ -82,8 +71,8 @@ class Comparison:
 
     differences: tuple[Difference, ...]
     changes: tuple[Change, ...]
-    only_before: tuple[Measured, ...]
-    only_now: tuple[Measured, ...]
+    only_before: tuple[Record, ...]
+    only_now: tuple[Record, ...]
     with_times: bool
 
 
@@ -101,12 +90,14 @@ def compare(run: Run, baseline: Run, *, times: bool = False) -> Comparison:
     )
 
 
-def measured(run: Run) -> dict[Key, Measured]:
+def measured(run: Run) -> dict[Key, Record]:
     """All that a run measured, in its order, by what it is."""
-    found: dict[Key, list[Record]] = defaultdict(list)
-    for record in run.records:
-        found[record.subject, frozenset(record.labels.items())].append(record)
-    return {key: _median(records) for key, records in found.items()}
+    return {(record.subject, frozenset(record.labels.items())): record for record in run.records}
+
+
+def relative_change(before: float | None, now: float | None) -> float | None:
+    """The change as a part of the older value's magnitude; None where that is 0 or one of the two is missing."""
+    return None if now is None or not before else (now - before) / abs(before)
 
 
 def same_machine(run: Run, other: Run) -> bool:
@@ -124,17 +115,7 @@ def rounding(metric: Metric, value: float) -> float:
     return 0.0 if metric.unit == "B" or math.isinf(value) else max(_ROUNDING * abs(value), _ROUNDING_AT_ZERO)
 
 
-def _median(records: list[Record]) -> Measured:
-    values: dict[str, list[float]] = {name: [] for record in records for name in record.metrics}
-    for record in records:
-        for name, value in record.metrics.items():
-            if value is not None:
-                values[name].append(value)
-    metrics = {name: statistics.median(found) if found else None for name, found in values.items()}
-    return Measured(records[0].subject, records[0].labels, metrics)
-
-
-def _changes(before: Measured, now: Measured) -> Iterator[Change]:
+def _changes(before: Record, now: Record) -> Iterator[Change]:
     for name in dict.fromkeys([*now.metrics, *before.metrics]):
         old, new = before.metrics.get(name), now.metrics.get(name)
         if old is not None or new is not None:

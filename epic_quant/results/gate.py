@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from epic_quant.errors import GateError, unknown
-from epic_quant.records import METRICS, Metric
-from epic_quant.results.comparison import Key, Measured, is_time, measured, rounding, same_machine
+from epic_quant.records import METRICS, Metric, Record
+from epic_quant.results.comparison import Key, is_time, measured, relative_change, rounding, same_machine
 from epic_quant.results.run import Run
 from epic_quant.units import parse_nbytes
 
@@ -68,7 +68,7 @@ class Condition:
         """The limit as it was written."""
         return self.text.rpartition(":")[2]
 
-    def selects(self, one: Measured) -> bool:
+    def selects(self, one: Record) -> bool:
         """Whether the condition is on this."""
         return self.metric.name in one.metrics and all(_label(one, name) == value for name, value in self.where.items())
 
@@ -89,8 +89,8 @@ class LimitResult:
 
     @property
     def relative_change(self) -> float | None:
-        """The change as a part of the older value's magnitude; None where that is 0 or one of the two is missing."""
-        return None if self.value is None or not self.before else (self.value - self.before) / abs(self.before)
+        """As `comparison.relative_change`."""
+        return relative_change(self.before, self.value)
 
     @property
     def fails(self) -> bool:
@@ -127,7 +127,7 @@ def check_baseline(conditions: Sequence[Condition], given: bool) -> None:
 def _check(condition: Condition, run: Run, baseline: Run | None, times: bool) -> Iterator[LimitResult]:
     check_baseline([condition], baseline is not None)
     now = measured(run)
-    before: Mapping[Key, Measured] = {}
+    before: Mapping[Key, Record] = {}
     if condition.relative and baseline is not None:
         if is_time(condition.metric) and not times and not same_machine(run, baseline):
             raise GateError(
@@ -152,11 +152,11 @@ def _relative_limit(condition: Condition, before: float | None) -> float | None:
     return before + condition.limit * abs(before) + (slack if condition.metric.better == "lower" else -slack)
 
 
-def _label(one: Measured, name: str) -> str | None:
+def _label(one: Record, name: str) -> str | None:
     return one.subject if name == _SUBJECT else one.labels.get(name)
 
 
-def _why_empty(condition: Condition, things: Sequence[Measured]) -> str:
+def _why_empty(condition: Condition, things: Sequence[Record]) -> str:
     """Why a condition selects nothing."""
     with_metric = [one for one in things if condition.metric.name in one.metrics]
     if not with_metric:

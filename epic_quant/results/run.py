@@ -23,8 +23,7 @@ class Run:
     def of(self, kind: type[R], **labels: object) -> list[R]:
         """The subject's records whose fields have these values; policies in the run's order, all else as measured.
 
-        Where several have the same labels, one has the median of each metric. Raises TypeError, ValueError or SpecError
-        on a damaged record, which a run that was read does not hold.
+        Raises TypeError, ValueError or SpecError on a damaged record, which a run that was read does not hold.
         """
         if kind not in self._by_kind:
             self._by_kind[kind] = self._read(kind)
@@ -50,12 +49,8 @@ class Run:
         return {}
 
     def _read(self, kind: type[R]) -> list[R]:
-        alike: dict[frozenset[tuple[str, str]], list[R]] = {}
-        for record in self.records:
-            if record.subject == kind.subject:
-                alike.setdefault(frozenset(record.labels.items()), []).append(kind.from_record(record))
+        found = [kind.from_record(record) for record in self.records if record.subject == kind.subject]
         order = {name: place for place, name in enumerate(self.facts.get("policies") or ())}
-        found = [kind.median(records) for records in alike.values()]
         return sorted(found, key=lambda one: order.get(getattr(one, "policy", ""), len(order)))
 
 

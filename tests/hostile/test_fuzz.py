@@ -143,7 +143,7 @@ def targets(folders, run_of_model) -> list[Target]:
     def read_hessians(rng: random.Random, folder: Path) -> object:
         path = _written(folder / "hessians.safetensors", damaged(rng, hessians, hessians_end))
         with Checkpoint.open(model) as checkpoint:
-            return [len(hessian) for hessian in Hessians(path, checkpoint).values()]
+            return [hessian.read().shape for hessian in Hessians(path, checkpoint).values()]
 
     def damaged(rng: random.Random, content: bytes, end: int) -> bytes:
         if rng.random() < 0.5:

@@ -6,7 +6,6 @@ import pytest
 
 from epic_quant.records import JSON_KEY
 from epic_quant.records.subjects import (
-    KVRecord,
     PLEHitsRecord,
     PLEStartRecord,
     PLETextRecord,
@@ -330,14 +329,6 @@ def test_the_noise_floor_is_no_policy(run):
     assert policies.noise_floor(found) == 2e-5
     assert NOISE_FLOOR not in {one.policy for one in policies.by_divergence(found)}
     assert {one.policy for one in policies.quantized(found)} == {"original-1.58", "int4-g128", RECIPE}
-
-
-def test_records_of_the_same_labels_are_one_with_the_median(run_json):
-    data = run_json("kv")
-    for error in (0.5, 0.7):
-        data["benchmarks"].append(entry(made(KVRecord, kv_policy="int8", layer_type="x", k_rel_l2=error, spec="int8")))
-    (one,) = parse_run(data, "x").of(KVRecord, kv_policy="int8")
-    assert one.k_rel_l2 == pytest.approx(0.6)
 
 
 def test_policies_come_in_the_runs_order(run_json):

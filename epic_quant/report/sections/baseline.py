@@ -6,11 +6,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from epic_quant.records import METRICS, Metric
+from epic_quant.records import METRICS, Metric, Record
 from epic_quant.report.blocks import Block, Bullets, Heading, Paragraph, code
 from epic_quant.report.columns import Column, table
 from epic_quant.report.formatting import MISSING, change, with_unit
-from epic_quant.results.comparison import TIME_NOISE, Change, Comparison, Difference, Measured, is_time
+from epic_quant.results.comparison import TIME_NOISE, Change, Comparison, Difference, is_time
 from epic_quant.results.gate import labels_text
 
 _DIGITS = 4
@@ -101,7 +101,7 @@ def _times(compared: Comparison) -> str:
     return "Times are not compared: the runs are of different machines or threads. With `--compare-times` they are."
 
 
-def _alone(title: str, things: Iterable[Measured]) -> list[Block]:
+def _alone(title: str, things: Iterable[Record]) -> list[Block]:
     by_subject: dict[str, list[str]] = defaultdict(list)
     for one in things:
         by_subject[one.subject].append(code(labels_text(one.labels)))
