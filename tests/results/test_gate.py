@@ -180,11 +180,6 @@ def test_several_conditions_are_each_on_their_own(run):
     }
 
 
-def test_the_same_thing_measured_twice_counts_with_its_median():
-    run = run_of(quality(0.1), quality(0.2), quality(0.6))
-    assert one("kl_divergence:0.25", run).value == 0.2
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
