@@ -82,10 +82,8 @@ class Checkpoint:
             for name in promised:
                 if name not in locations:
                     raise CheckpointError(f"{path}: the index promises tensor {name!r} in it, but it is not there")
-            for name in locations:
-                if name in self._locations:
-                    raise CheckpointError(f"{path}: tensor {name!r} is also in {self._locations[name].path.name}")
-            self._locations |= locations
+            # The index decides: a tensor that it names in another shard, or not at all, is none of this one's.
+            self._locations |= {name: locations[name] for name in promised} if promised else locations
             self._views[path] = _map(path, locations)
         self.names = tuple(sorted(self._locations))
 

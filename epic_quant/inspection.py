@@ -91,16 +91,18 @@ def describe(checkpoint: Checkpoint, *, list_tensors: bool = False) -> Iterator[
     if list_tensors:
         yield ""
         rows = [
-            [name, _part(tensors.get(name)), "x".join(map(str, checkpoint.shape(name))), checkpoint.nbytes(name)]
+            [name, _part(name, tensors.get(name)), "x".join(map(str, checkpoint.shape(name))), checkpoint.nbytes(name)]
             for name in checkpoint.names
         ]
         yield tabulate(rows, headers=["tensor", "class", "shape", "bytes"], intfmt=",")
 
 
-def _part(tensor: TextTensor | None) -> str:
+def _part(file_name: str, tensor: TextTensor | None) -> str:
     """The line of the table that a tensor is counted in."""
+    from epic_quant.gemma4.tensors import is_head
+
     if tensor is None:
-        return "not text"
+        return "head, the embedding again" if is_head(file_name) else "not text"
     if tensor.unused:
         return "unused"
     return "norms and scalars" if tensor.tensor_class is None else tensor.tensor_class.value
@@ -109,7 +111,7 @@ def _part(tensor: TextTensor | None) -> str:
 def _parts_table(checkpoint: Checkpoint, tensors: dict[str, TextTensor], total: int) -> str:
     members: dict[str, list[str]] = defaultdict(list)
     for name in checkpoint.names:
-        members[_part(tensors.get(name))].append(name)
+        members[_part(name, tensors.get(name))].append(name)
     rows = []
     for part, names in sorted(members.items(), key=lambda item: -sum(map(checkpoint.nbytes, item[1]))):
         nbytes = sum(map(checkpoint.nbytes, names))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import CheckpointError
+from epic_quant.gemma4.tensors import is_head
 from epic_quant.quant.scales import SCALE_DTYPE
 
 # Scales are stored in fp16. What is larger than its largest number saturates in the formats of the fewest levels.
@@ -21,8 +22,6 @@ LARGEST = torch.finfo(SCALE_DTYPE).max
 OUTLIER = 32.0
 
 _CHUNK_WEIGHTS = 2**19
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,7 @@ def read_values(name: str, tensor: Tensor) -> Values:
     """Read a tensor once, some rows at a time: nothing as large as the tensor is held."""
     rows = tensor.reshape(-1, tensor.shape[-1] if tensor.ndim > 1 else 1)
     zero_rows, max_abs, squares = 0, 0.0, 0.0
-    for first, chunk in _chunks(rows):
-        values = chunk if chunk.dtype in _FLOATS else chunk.float()
+    for first, values in _chunks(rows):
         # NaN comes out of both ends, and an end that is not finite or too large says that there is a fault.
         peak = float(torch.stack(values.aminmax()).abs().max())
         if not peak <= LARGEST:
@@ -107,7 +105,8 @@ def findings(checkpoint: Checkpoint, values: Sequence[Values]) -> list[tuple[str
     ]
     peaks = sorted((one for one in values if one.peak > OUTLIER), key=lambda one: -one.peak)
     found += [(one.name, f"the largest of {one.max_abs:.3g} is {one.peak:,.0f} times the rms") for one in peaks]
-    return [*found, *_heads(checkpoint)]
+    heads = (name for name in checkpoint.names if is_head(name))
+    return [*found, *((name, f"the embedding again: {checkpoint.nbytes(name):,} bytes twice") for name in heads)]
 
 
 def _dtypes(checkpoint: Checkpoint, values: Sequence[Values]) -> Iterator[tuple[str, str]]:
@@ -126,17 +125,3 @@ def _dtypes(checkpoint: Checkpoint, values: Sequence[Values]) -> Iterator[tuple[
 
 def _said(dtype: torch.dtype | None) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _heads(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
-    """Whether a head in the file is the embedding once more."""
-    embedding = next((name for name in checkpoint.names if name.endswith(_EMBEDDING)), None)
-    for head in (name for name in checkpoint.names if name.endswith(_HEAD)):
-        if embedding is None:
-            continue
-        mine, other = checkpoint.tensor(head), checkpoint.tensor(embedding)
-        is_equal = mine.shape == other.shape and all(
-            torch.equal(chunk, other[first : first + len(chunk)]) for first, chunk in _chunks(mine)
-        )
-        nbytes = checkpoint.nbytes(head)
-        yield head, f"equals {embedding}: {nbytes:,} bytes twice" if is_equal else f"differs from {embedding}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -87,9 +88,10 @@ class TextConfig:
     def from_json(cls, config: Mapping[str, Any]) -> TextConfig:
         """Read a `config.json`, of the multimodal or the text-only class, in its published or its current form.
 
-        Raises ConfigError, one line, where it is not Gemma 4, lacks a field, or needs an unsupported feature.
+        A field that is absent has `transformers`' default. Raises ConfigError, one line, where it is not Gemma 4, a
+        field is not what it must be, or an unsupported feature is needed.
         """
-        text = _Fields(_text_part(config))
+        text = _Fields({**_DEFAULTS, **_text_part(config)})
         _reject_unsupported(config, text)
         ple_dim = text.integer("hidden_size_per_layer_input", least=0)
         return cls(
@@ -105,6 +107,37 @@ class TextConfig:
             bos_token_id=text.integer("bos_token_id", least=0),
             layers=_layers(text),
         )
+
+
+# Those of `transformers`' Gemma4TextConfig, without those that are None or that it derives from others.
+_DEFAULTS: Mapping[str, Any] = {
+    "vocab_size": 262_144,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": 2,
+    "sliding_window": 512,
+    "vocab_size_per_layer_input": 262_144,
+    "hidden_size_per_layer_input": 256,
+    "num_kv_shared_layers": 0,
+}
+_DEFAULT_GLOBAL_HEAD_DIM = 512
+_DEFAULT_ROPE: Mapping[str, Any] = {
+    SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
+    FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
+}
+# By default every sixth layer is a full one.
+_DEFAULT_PATTERN = 6
+
+# More than any model has: a wild number must not become wild memory.
+_MOST_LAYERS = 10_000
+_LARGEST_NUMBER = 1e30
 
 
 class _Fields:
@@ -129,23 +162,33 @@ class _Fields:
     def object(self, name: str) -> _Fields:
         return _Fields(self._required(name), f"{self._path}{name}.")
 
-    def integer(self, name: str, least: int = 1) -> int:
+    def integer(self, name: str, least: int = 1, most: float = _LARGEST_NUMBER) -> int:
         value = self._required(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ConfigError(f"config field {self._path}{name} is {value!r}; expected an integer of at least {least}")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            above = "" if most == _LARGEST_NUMBER else f" and at most {most}"
+            raise ConfigError(f"{self._said(name)}; expected an integer of at least {least}{above}")
         return value
 
     def number(self, name: str) -> float:
         value = self._required(name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            raise ConfigError(f"config field {self._path}{name} is {value!r}; expected a positive number")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= _LARGEST_NUMBER:
+            raise ConfigError(f"{self._said(name)}; expected a positive number")
         return float(value)
+
+    def flag(self, name: str) -> bool:
+        """False where it is absent."""
+        if self[name] not in (None, False, True):
+            raise ConfigError(f"{self._said(name)}; expected true or false")
+        return bool(self[name])
 
     def strings(self, name: str) -> list[str]:
         value = self._required(name)
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise ConfigError(f"config field {self._path}{name} is {value!r}; expected a list of strings")
+            raise ConfigError(f"{self._said(name)}; expected a list of strings")
         return value
+
+    def _said(self, name: str) -> str:
+        return f"config field {self._path}{name} is {self._json[name]!r:.80}"
 
     def _required(self, name: str) -> Any:
         if name not in self:
@@ -168,11 +211,15 @@ def _text_part(config: Mapping[str, Any]) -> Any:
 
 def _reject_unsupported(config: Mapping[str, Any], text: _Fields) -> None:
     """Raise ConfigError where the model has an unsupported feature."""
-    if text["enable_moe_block"]:
+    for field in ("quantization_config", "quantization", "compression_config"):
+        if method := config.get(field) or text[field]:
+            name = method.get("quant_method", method) if isinstance(method, Mapping) else method
+            raise ConfigError(f"{field} says that the weights are quantized ({name}); expected the plain checkpoint")
+    if text.flag("enable_moe_block"):
         raise ConfigError("enable_moe_block is true: Gemma 4's mixture-of-experts models are not supported")
-    if text["attention_k_eq_v"]:
+    if text.flag("attention_k_eq_v"):
         raise ConfigError("attention_k_eq_v is true: models whose V is their K are not supported")
-    if text["attention_bias"]:
+    if text.flag("attention_bias"):
         raise ConfigError("attention_bias is true: expected attention without biases")
     # "vision" lets image tokens alone look ahead; among text tokens attention stays causal.
     if text["use_bidirectional_attention"] not in (None, False, "vision"):
@@ -184,8 +231,12 @@ def _reject_unsupported(config: Mapping[str, Any], text: _Fields) -> None:
 
 
 def _layers(text: _Fields) -> tuple[LayerSpec, ...]:
-    layer_types = text.strings("layer_types")
-    num_layers = text.integer("num_hidden_layers")
+    num_layers = text.integer("num_hidden_layers", most=_MOST_LAYERS)
+    if "layer_types" in text:
+        layer_types = text.strings("layer_types")
+    else:
+        layer_types = [SLIDING if (index + 1) % _DEFAULT_PATTERN else FULL for index in range(num_layers)]
+        layer_types[-1] = FULL
     if len(layer_types) != num_layers:
         raise ConfigError(f"layer_types names {len(layer_types)} layers, but num_hidden_layers is {num_layers}")
     for index, layer_type in enumerate(layer_types):
@@ -216,16 +267,20 @@ def _layer(text: _Fields, index: int, layer_type: str, kv_source: int, override:
         raise ConfigError(f"num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}")
     if head_dim % 2:
         raise ConfigError(f"the head_dim of layer {index} is {head_dim}; RoPE needs an even one")
-    wide = bool(text["use_double_wide_mlp"]) and kv_source != index
+    wide = text.flag("use_double_wide_mlp") and kv_source != index
     attention = GroupedQueryAttention(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         sliding_window=text.integer("sliding_window") if layer_type == SLIDING else None,
-        rope=_rope(text.object("rope_parameters").object(layer_type), head_dim, layer_type),
+        rope=_rope(_rope_parameters(text).object(layer_type), head_dim, layer_type),
     )
     mlp = DenseMLP(text.integer("intermediate_size") * (2 if wide else 1))
     return LayerSpec(index, layer_type, attention, mlp, kv_source)
+
+
+def _rope_parameters(text: _Fields) -> _Fields:
+    return text.object("rope_parameters") if "rope_parameters" in text else _Fields(_DEFAULT_ROPE, "rope_parameters.")
 
 
 def _rope(rope: _Fields, head_dim: int, layer_type: str) -> Rope:
@@ -259,12 +314,12 @@ def _overrides(text: _Fields, layer_types: list[str]) -> Mapping[int, Mapping[st
     together with `attention_k_eq_v`, which is not supported here, so it is not read.
     """
     if "per_layer_config" not in text:
-        head_dim = text.integer("global_head_dim")
+        head_dim = text.integer("global_head_dim") if "global_head_dim" in text else _DEFAULT_GLOBAL_HEAD_DIM
         return {index: {"head_dim": head_dim} for index, layer_type in enumerate(layer_types) if layer_type == FULL}
     layers = text.object("per_layer_config")
     overrides = {}
     for key in layers.names:
-        if not str(key).isdecimal() or int(key) >= len(layer_types):
+        if not re.fullmatch(r"[0-9]{1,9}", str(key)) or int(key) >= len(layer_types):
             raise ConfigError(
                 f"per_layer_config has the key {key!r}; expected a layer from 0 to {len(layer_types) - 1}"
             )

@@ -5,9 +5,12 @@ A canonical name carries no prefix: `layers.0.self_attn.q_proj.weight`, `embed_t
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+
+import torch
 
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import CheckpointError, ConfigError
@@ -47,33 +50,92 @@ def expected_tensors(config: TextConfig) -> tuple[TextTensor, ...]:
 def text_tensors(checkpoint: Checkpoint, config: TextConfig) -> Mapping[str, str]:
     """The text model's tensors in a file: canonical name to the name in the file, unused ones only where it has them.
 
-    Other tensors (vision and audio towers) are not text and are left out. Raises CheckpointError where a tensor is
-    missing or is there twice, and ConfigError where one has another shape than the config says, or belongs to a layer
-    that the config does not have.
+    Vision and audio towers are not text and are left out, and so is a head that equals the embedding, to which this
+    model's head is tied. Raises CheckpointError where a tensor is missing or is there twice, where the head differs
+    from the embedding, where a weight is quantized, and on any other tensor, by name; ConfigError where one has another
+    shape than the config says, or belongs to a layer that the config does not have.
     """
     expected = {tensor.name: tensor for tensor in expected_tensors(config)}
     found: dict[str, str] = {}
+    others: dict[str, str] = {}
     for file_name in checkpoint.names:
         name = _PREFIX.sub("", file_name)
         if name in found:
             raise CheckpointError(f"{checkpoint.source}: {found[name]} and {file_name} are the same tensor")
         if name in expected:
             found[name] = file_name
-        elif name.startswith("layers."):
-            raise ConfigError(f"{checkpoint.source}: the config has no tensor {name}, but the file has {file_name}")
+        elif not name.startswith(_TOWERS):
+            others[name] = file_name
+    _check_others(checkpoint, expected, found, others)
     for name, tensor in expected.items():
         if name not in found:
             if not tensor.unused:
                 raise CheckpointError(f"{checkpoint.source}: no tensor {name}")
-        elif (shape := tuple(checkpoint.shape(found[name]))) != tensor.shape:
+            continue
+        if (dtype := checkpoint.dtype(found[name])) not in FLOATS:
+            raise CheckpointError(f"{checkpoint.source}: {found[name]} is stored as {_said(dtype)}; {_PLAIN}")
+        if (shape := tuple(checkpoint.shape(found[name]))) != tensor.shape:
             raise ConfigError(
                 f"{checkpoint.source}: {found[name]} is {list(shape)}, but the config makes it {list(tensor.shape)}"
             )
     return found
 
 
+def is_head(file_name: str) -> bool:
+    """Whether this tensor of a file is a head of its own; in a file that `text_tensors` took, it is the embedding."""
+    return _PREFIX.sub("", file_name) == _HEAD
+
+
+# What weights may be stored in, to be the model that others are measured against.
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
 # The multimodal class writes `model.language_model.layers…`, the text-only one `model.layers…`; others have neither.
-_PREFIX = re.compile(r"^(model\.|language_model\.)*")
+# PEFT, data-parallel training and torch.compile put their own before.
+_PREFIX = re.compile(r"^((base_model|module|_orig_mod|model|language_model)\.)*")
+_TOWERS = ("vision_tower.", "audio_tower.", "embed_vision.", "embed_audio.")
+_HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+_PLAIN = "expected plain weights in bf16, fp16, fp32 or fp64, neither quantized nor with an adapter or a bias beside"
+_COMPARED_ROWS = 512
+
+
+def _check_others(
+    checkpoint: Checkpoint, expected: Mapping[str, TextTensor], found: Mapping[str, str], others: Mapping[str, str]
+) -> None:
+    """Refuse what is neither an expected tensor nor a tower's; names are canonical names and those in the file."""
+    stems = {name.removesuffix(".weight") for name in expected}
+    for name, file_name in others.items():
+        if name == _HEAD:
+            _check_head(checkpoint, file_name, found.get(_EMBEDDING))
+            continue
+        # Formats of quantized weights write `….weight_scale`, `….qweight` and the like; adapters `….lora_A.weight`.
+        parts = name.split(".")
+        if any(".".join(parts[:count]) in stems for count in range(1, len(parts))):
+            raise CheckpointError(f"{checkpoint.source}: has {file_name}; {_PLAIN}")
+        if name.startswith("layers."):
+            raise ConfigError(f"{checkpoint.source}: the config has no tensor {name}, but the file has {file_name}")
+        missing = next((one for one, tensor in expected.items() if one not in found and not tensor.unused), None)
+        if missing is not None:
+            near = difflib.get_close_matches(missing, others.values(), n=1, cutoff=0.0)
+            raise CheckpointError(f"{checkpoint.source}: no tensor {missing}; the nearest that it has is {near[0]}")
+        raise CheckpointError(f"{checkpoint.source}: {file_name} is no tensor of Gemma 4's text model or of its towers")
+
+
+def _check_head(checkpoint: Checkpoint, head: str, embedding: str | None) -> None:
+    if embedding is None:
+        return
+    mine, other = checkpoint.tensor(head), checkpoint.tensor(embedding)
+    if mine.shape != other.shape or not all(
+        # In fp64, as one may be stored in another dtype.
+        torch.equal(some.double(), others.double())
+        for some, others in zip(mine.split(_COMPARED_ROWS), other.split(_COMPARED_ROWS), strict=True)
+    ):
+        raise CheckpointError(
+            f"{checkpoint.source}: {head} differs from {embedding}, but this model's head is tied to its embedding"
+        )
+
+
+def _said(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _globals(config: TextConfig) -> Iterator[TextTensor]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from epic_quant.report import blocks
 from epic_quant.report.palette import LIGHT
-from epic_quant.report.plots import drawable, extremes, padded, svg_text
+from epic_quant.report.plots import drawable, extremes, padded, shortened, svg_text
 from epic_quant.report.svg import TIP
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def draw_layer_map(plot: LayerMap) -> Figure:
         axes = grid[0]
         places = [(layers.index(square.layer or 0), rows.index(square.row), square) for square in inside]
         _draw(axes, places, len(layers), height, norm, colours)
-        axes.set_yticks([y + 0.5 for y in range(len(rows))], rows)
+        axes.set_yticks([y + 0.5 for y in range(len(rows))], [shortened(name) for name in rows])
         axes.set_xticks([x + 0.5 for x in range(len(layers))], [str(layer) for layer in layers], fontsize=8)
         marked = [x for x, layer in enumerate(layers) if layer in plot.marked]
         axes.plot([x + 0.5 for x in marked], [-0.3] * len(marked), "v", color=LIGHT["ink"], markersize=5, clip_on=False)
@@ -96,7 +96,7 @@ def draw_layer_map(plot: LayerMap) -> Figure:
         axes = grid[-1]
         _draw(axes, [(0, y, square) for y, square in enumerate(outside)], 1, height, norm, colours)
         axes.yaxis.tick_right()
-        axes.set_yticks([y + 0.5 for y in range(len(outside))], [square.row for square in outside])
+        axes.set_yticks([y + 0.5 for y in range(len(outside))], [shortened(square.row) for square in outside])
         axes.set_xticks([])
         axes.set_title("all others", loc="left", pad=16, fontweight="normal")
     legend = ScalarMappable(norm, colours.resampled(_COLOURS))

@@ -224,9 +224,7 @@ def draw_scatter(plot: Scatter) -> Figure:
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
         entries |= {label: handle for label, handle in zip(labels, handles, strict=True) if label not in entries}
-    # A long policy string would leave the axes no room; a point's tip has it whole.
-    names = [name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…" for name in entries]
-    figure.legend(list(entries.values()), names, loc="outside right center")
+    figure.legend(list(entries.values()), [shortened(name) for name in entries], loc="outside right center")
     return figure
 
 
@@ -298,12 +296,18 @@ def draw_heat_map(cells: Sequence[Cell]) -> Figure:
                     colour = max(ON_PALE, ON_DARK, key=partial(contrast, to_hex(colour_map(norm(value)))))
                 axes.text(x + 0.5, y + 0.5, significant(value, 2), ha="center", va="center", color=colour, fontsize=8)
         axes.set_title(panel, loc="left")
-        axes.set_xticks([x + 0.5 for x in range(len(columns[panel]))], columns[panel], rotation=30, ha="right")
-        axes.set_yticks([y + 0.5 for y in range(len(rows[panel]))], rows[panel])
+        names = [shortened(name) for name in columns[panel]]
+        axes.set_xticks([x + 0.5 for x in range(len(names))], names, rotation=30, ha="right")
+        axes.set_yticks([y + 0.5 for y in range(len(rows[panel]))], [shortened(name) for name in rows[panel]])
         axes.tick_params(length=0)
         axes.grid(visible=False)
         axes.invert_yaxis()
     return figure
+
+
+def shortened(name: str) -> str:
+    """A name for a legend or an axis: a long one would leave the axes no room."""
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
 
 
 @contextmanager

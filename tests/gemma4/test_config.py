@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 from typing import Any
 
 import pytest
@@ -119,13 +120,12 @@ def test_optional_fields_may_be_absent_or_null(facts):
     assert (config.final_logit_softcapping, config.ple_dim, config.ple_vocab_size) == (None, 0, 0)
 
 
-REQUIRED = [
+WITH_DEFAULTS = [
     "vocab_size",
     "hidden_size",
     "hidden_size_per_layer_input",
     "vocab_size_per_layer_input",
     "rms_norm_eps",
-    "num_hidden_layers",
     "max_position_embeddings",
     "bos_token_id",
     "layer_types",
@@ -137,19 +137,59 @@ REQUIRED = [
     "intermediate_size",
     "sliding_window",
     "rope_parameters",
+    "hidden_activation",
+    "final_logit_softcapping",
+    "use_double_wide_mlp",
 ]
 
 
-@pytest.mark.parametrize("how", ["absent", "null"])
-@pytest.mark.parametrize("name", REQUIRED)
-def test_a_missing_field_is_named(facts, name, how):
-    """Absent and null are the same."""
+@pytest.mark.parametrize("form", [E4B, E2B])
+@pytest.mark.parametrize("name", WITH_DEFAULTS)
+def test_an_absent_field_is_what_transformers_makes_of_it(facts, form, name):
+    """Every field that has a default there, derived ones too."""
+    text = facts(form)["text_config"]
+    text.pop(name, None)
+    if name == "layer_types":
+        text["num_kv_shared_layers"] = 0
+    assert TextConfig.from_json(text) == TextConfig.from_json(Gemma4TextConfig(**text).to_dict())
+
+
+def test_a_config_of_nothing_is_transformers_default():
+    assert TextConfig.from_json({"model_type": "gemma4_text"}) == TextConfig.from_json(Gemma4TextConfig().to_dict())
+
+
+def test_layers_without_types_end_with_a_full_one(facts):
+    text = facts(E4B)["text_config"] | {"layer_types": None, "num_hidden_layers": 16, "num_kv_shared_layers": 0}
+    assert TextConfig.from_json(text) == TextConfig.from_json(Gemma4TextConfig(**text).to_dict())
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted(
+        {*WITH_DEFAULTS}
+        - {"layer_types", "rope_parameters", "final_logit_softcapping", "global_head_dim", "use_double_wide_mlp"}
+    ),
+)
+def test_a_field_that_is_null_is_named(facts, name):
+    """`transformers` refuses it too."""
     config = facts(E4B)
     config["text_config"][name] = None
-    if how == "absent":
-        del config["text_config"][name]
-    with pytest.raises(ConfigError, match=rf"lacks {name}$"):
+    with pytest.raises(ConfigError, match=rf"lacks {name}$|{name} is None"):
         TextConfig.from_json(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("num_hidden_layers", value) for value in (10**9, 10**400, 0, -1, 1.5, True, "42", math.inf, math.nan, [42])),
+        *(("rms_norm_eps", value) for value in (10**400, 0, -1, True, "1e-6", math.inf, math.nan, [1e-6])),
+    ],
+)
+def test_wild_numbers_are_named(facts, name, value):
+    """Without as much memory as they ask for."""
+    text = facts(E4B)["text_config"] | {"layer_types": None, name: value}
+    with pytest.raises(ConfigError, match=rf"{name} is .*; expected a"):
+        TextConfig.from_json(text)
 
 
 def _rope(layer_type: str, **changes: Any) -> dict[str, Any]:
@@ -180,6 +220,9 @@ def _rope(layer_type: str, **changes: Any) -> dict[str, Any]:
         ({"num_kv_shared_layers": 42}, "layer 0 shares"),
         ({"num_kv_shared_layers": 50}, "layer 0 shares"),
         ({"num_key_value_heads": 3}, "num_attention_heads 8 is no multiple of num_key_value_heads 3"),
+        ({"use_double_wide_mlp": "false"}, "use_double_wide_mlp is 'false'; expected true or false"),
+        ({"per_layer_config": {"9" * 5000: {"head_dim": 512}}}, "expected a layer from 0 to 41"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config says .* quantized .awq"),
         ({"hidden_size": "2560"}, "hidden_size is '2560'; expected an integer"),
         ({"vocab_size": 0}, "vocab_size is 0; expected an integer of at least 1"),
         ({"rms_norm_eps": -1e-6}, "rms_norm_eps is -1e-06; expected a positive number"),

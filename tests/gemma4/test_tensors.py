@@ -16,7 +16,12 @@ from epic_quant.spec import TensorClass
 def e4b(facts):
     """E4B's config and its file's header, in the place of a checkpoint of 16 GB."""
     shapes = facts("gemma-4-E4B.tensors.json")["shapes"]
-    header = SimpleNamespace(source="E4B", names=tuple(shapes), shape=lambda name: tuple(shapes[name]))
+    header = SimpleNamespace(
+        source="E4B",
+        names=tuple(shapes),
+        shape=lambda name: tuple(shapes[name]),
+        dtype=lambda name: torch.bfloat16,
+    )
     return TextConfig.from_json(facts("gemma-4-E4B.config.json")), header, shapes
 
 
@@ -104,7 +109,20 @@ def resaved(toy, tmp_path):
     return resave
 
 
-@pytest.mark.parametrize("prefix", ["", "model.", "language_model.", "model.language_model.", "language_model.model."])
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "",
+        "model.",
+        "language_model.",
+        "model.language_model.",
+        "language_model.model.",
+        "base_model.model.model.",
+        "module.model.",
+        "_orig_mod.model.",
+        "module._orig_mod.model.language_model.",
+    ],
+)
 def test_prefixes_do_not_matter(resaved, prefix):
     """Names of the multimodal class, of the text-only class, and bare ones; towers beside them are not text."""
 
@@ -157,8 +175,44 @@ def test_unused_tensors_may_be_in_the_file(resaved):
             CheckpointError,
             "model.language_model.norm.weight and model.norm.weight are the same tensor",
         ),
+        (
+            lambda w: w | {"lm_head.weight": torch.zeros_like(w["model.embed_tokens.weight"])},
+            CheckpointError,
+            "lm_head.weight differs from model.embed_tokens.weight",
+        ),
+        (
+            lambda w: {name.replace("layers", "blocks"): weight for name, weight in w.items()},
+            CheckpointError,
+            "no tensor layers.0.input_layernorm.weight; the nearest that it has is model.blocks.0.inp",
+        ),
+        (
+            lambda w: w | {"model.layers.2.mlp.up_proj.weight": torch.zeros(80, 48, dtype=torch.int8)},
+            CheckpointError,
+            "model.layers.2.mlp.up_proj.weight is stored as int8; expected plain weights",
+        ),
+        (
+            lambda w: w | {"model.layers.2.mlp.up_proj.weight_scale": torch.ones(80)},
+            CheckpointError,
+            "has model.layers.2.mlp.up_proj.weight_scale; expected plain weights",
+        ),
+        (
+            lambda w: w | {"score.weight": torch.ones(2, 48)},
+            CheckpointError,
+            "score.weight is no tensor of Gemma 4's text model or of its towers",
+        ),
     ],
-    ids=["missing", "other shape", "unused of other shape", "too many layers", "twice"],
+    ids=[
+        "missing",
+        "other shape",
+        "unused of other shape",
+        "too many layers",
+        "twice",
+        "another head",
+        "another layout",
+        "codes",
+        "scales",
+        "a head for another task",
+    ],
 )
 def test_a_file_that_disagrees_with_its_config_is_named(resaved, change, error, message):
     """The tensor, and both shapes."""

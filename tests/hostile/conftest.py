@@ -73,3 +73,12 @@ def watched() -> Callable[..., object]:
             signal.signal(signal.SIGALRM, before)
 
     return watch
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What became of each odd input, in a verbose run."""
+    reports = [report for found in ("passed", "failed") for report in terminalreporter.getreports(found)]
+    verdicts = [value for report in reports for name, value in report.user_properties if name == "verdict"]
+    if verdicts and terminalreporter.verbosity > 0:
+        terminalreporter.section("odd inputs")
+        terminalreporter.write("".join(f"{verdict}\n" for verdict in verdicts))

@@ -233,10 +233,12 @@ def _tensor(name: str, one: Mapping[str, Any]) -> Tensor:
         WeightSpec.parse(spec)
         prices[spec] = Price(spec, _finite(divergence), None if error is None else _finite(error), int(nbytes))
     layer = one["layer"]
+    if name.startswith("layers.") if layer is None else not name.startswith(f"layers.{layer}."):
+        raise ValueError(f"{name} is not in layer {layer!r:.20}")
     numel = int(one["numel"])
     if numel <= 0:
         raise ValueError(f"{name} has {numel} weights")
-    return Tensor(name, str(one["tensor_class"]), one["kind"], None if layer is None else int(layer), numel, prices)
+    return Tensor(name, str(one["tensor_class"]), one["kind"], layer, numel, prices)
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
