@@ -19,7 +19,7 @@ from tqdm import tqdm
 from epic_quant import command_line
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import CheckpointError
-from epic_quant.files import read_text, safetensors_writer
+from epic_quant.files import read_text, safetensors_writer, user_path
 from epic_quant.gemma4.block import plain_linear
 from epic_quant.gemma4.config import TextConfig
 from epic_quant.gemma4.model import begin
@@ -171,9 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("source", help="a .safetensors file, a folder, or a hub id in the local cache")
     parser.add_argument(
-        "--text", type=Path, required=True, metavar="FILE", help="calibration text, never the evaluation text"
+        "--text", type=user_path, required=True, metavar="FILE", help="calibration text, never the evaluation text"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file of Hessians to write")
+    parser.add_argument("--out", type=user_path, required=True, metavar="FILE", help="the file of Hessians to write")
     parser.add_argument("--windows", type=int, default=32, metavar="N", help="windows of the text (32)")
     parser.add_argument("--window-tokens", type=int, default=512, metavar="N", help="tokens of each (512)")
     parser.add_argument("--config", metavar="FILE", help="config.json, where it is not beside the checkpoint")

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from epic_quant.errors import CheckpointError, ConfigError, TokenError, unknown
-from epic_quant.files import read_text
+from epic_quant.files import read_text, user_path
 
 # The dtypes of the safetensors format that torch has too.
 _DTYPES = {
@@ -102,10 +102,10 @@ class Checkpoint:
         through the extra `hub`. `config` and `tokenizer` replace the config.json and tokenizer.json beside the weights.
         Raises CheckpointError for missing or damaged files.
         """
-        text = source if isinstance(source, str) else source.as_posix()
-        if not text.strip():
+        if not str(source).strip():
             raise CheckpointError("the name of the checkpoint is empty; expected a file, a folder or a hub id")
-        place = Path(source)
+        place = user_path(source)
+        text = place.as_posix()
         # os.path: pathlib raises OSError where a name is too long, or a folder may not be looked into.
         if not os.path.exists(place) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)", text):
             place = _hub_snapshot(text, download)
@@ -256,9 +256,10 @@ def _shards(index: Path) -> dict[Path, list[str]]:
 def _companion(folder: Path, name: str, given: str | Path | None) -> Path | None:
     if given is None:
         return folder / name if (folder / name).is_file() else None
-    if not os.path.isfile(given):
-        raise CheckpointError(f"{given}: no such file, expected a {name}")
-    return Path(given)
+    path = user_path(given)
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path}: no such file, expected a {name}")
+    return path
 
 
 def _parse_object(text: str | bytes) -> dict[str, Any]:
@@ -391,9 +392,7 @@ def _digest(path: Path, locations: Iterable[TensorLocation]) -> bytes:
 
 def _hub_snapshot(repo_id: str, download: bool) -> Path:
     """The folder of a hub id in the local cache, laid out as models--owner--name/refs/main and snapshots/REVISION."""
-    environ = os.environ
-    home = Path(environ.get("HF_HOME") or Path(environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"))
-    cache = Path(environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    cache = _hub_cache()
     repo = cache / f"models--{repo_id.replace('/', '--')}"
     revision = repo / "refs" / "main"
     snapshot = repo / "snapshots" / revision.read_text("utf-8").strip() if revision.is_file() else None
@@ -409,6 +408,14 @@ def _hub_snapshot(repo_id: str, download: bool) -> Path:
             f"{repo_id}: {fault}; get it with --download (download=True in Python), or with: hf download {repo_id}"
         )
     return _download(repo_id, cache)
+
+
+def _hub_cache() -> Path:
+    """The folder that huggingface_hub keeps what it downloads in, by the same variables in the same order."""
+    environ = os.environ
+    home = environ.get("HF_HOME") or Path(environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    cache = environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE") or Path(home, "hub")
+    return user_path(os.path.expandvars(cache))
 
 
 def _download(repo_id: str, cache: Path) -> Path:

@@ -8,12 +8,11 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from epic_quant import __version__
 from epic_quant.errors import EpicQuantError, SpecError
-from epic_quant.files import read_text
+from epic_quant.files import read_text, user_path
 from epic_quant.spec import NAMED, NOISE_FLOOR, PolicySpec
 
 _Main = Callable[[Sequence[str] | None], int]
@@ -71,7 +70,7 @@ def policy_of(text: str) -> PolicySpec:
     """
     if not text.startswith("@"):
         return PolicySpec.parse(text)
-    path = Path(text[1:])
+    path = user_path(text[1:])
     try:
         content = "".join(read_text(path).split())
     except FileNotFoundError:

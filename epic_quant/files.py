@@ -33,6 +33,14 @@ _ELEMENT_NBYTES = {
 }
 
 
+def user_path(text: str | Path) -> Path:
+    """A path as people write it: `~` is the home folder, also where no shell has seen it, as in `--text=~/a.txt`."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # no such user
+        return Path(text)
+
+
 def open_text(path: Path) -> TextIO:
     """A text in UTF-8, after its byte-order mark where it has one, with every line break as `\\n`.
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from epic_quant import command_line
+from epic_quant.files import user_path
 from epic_quant.results.predictions import measured_line, predicted_lines, prices_of
 from epic_quant.results.prices import Prices
 from epic_quant.results.reading import read_run
@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         ],
         "0; 2 where nothing can be predicted.",
     )
-    parser.add_argument("json", type=Path, metavar="out.json", help="what --benchmark-json wrote")
+    parser.add_argument("json", type=user_path, metavar="out.json", help="what --benchmark-json wrote")
     parser.add_argument(
         "--policy",
         action="append",

@@ -474,11 +474,48 @@ def test_file_cut_anywhere_is_refused(tmp_path: Path, length: int) -> None:
 
 # The hub
 
+HUB_VARIABLES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {name: f"/a/{name}" for name in HUB_VARIABLES},
+        {name: f"/a/{name}" for name in HUB_VARIABLES[1:]},
+        {name: f"~/$USER/{name}" for name in HUB_VARIABLES[2:]},
+        {"XDG_CACHE_HOME": "~/x"},
+    ],
+    ids=lambda values: "+".join(values) or "none",
+)
+def test_the_cache_is_where_huggingface_hub_has_it(values: dict[str, str]) -> None:
+    """In another process, since it reads the variables when it is imported."""
+    code = (
+        "from huggingface_hub.constants import HF_HUB_CACHE; from epic_quant import checkpoint; "
+        "print(HF_HUB_CACHE, checkpoint._hub_cache(), sep='\\n')"
+    )
+    kept = {name: value for name, value in os.environ.items() if name not in HUB_VARIABLES}
+    said = subprocess.run(
+        [sys.executable, "-c", code], env=kept | {"USER": "me"} | values, capture_output=True, text=True, check=True
+    )
+    theirs, ours = said.stdout.split()
+    assert Path(theirs) == Path(ours)
+
+
+def test_the_home_folder_may_stand_as_a_tilde(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shell replaces it in `--checkpoint=~/model`, or in Python."""
+    monkeypatch.setenv("HOME", str(folder.parent))
+    monkeypatch.setenv("USERPROFILE", str(folder.parent))
+    (folder / "other.json").write_text('{"x": 1}')
+    with Checkpoint.open(f"~/{folder.name}", config=f"~/{folder.name}/other.json") as checkpoint:
+        assert checkpoint.source == folder.as_posix()
+        assert checkpoint.config_json == {"x": 1}
+
 
 @pytest.fixture
 def cached(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A Hugging Face cache that has owner/name, and no huggingface_hub to ask."""
-    for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+    for name in HUB_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     hub = tmp_path / "home" / "hub"

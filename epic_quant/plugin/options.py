@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from epic_quant.files import user_path
 from epic_quant.results import gate
 from epic_quant.units import parse_nbytes
 
@@ -18,7 +19,7 @@ def _text(text: str) -> str:
 
 
 def _path(text: str) -> Path:
-    return Path(_text(text))
+    return user_path(_text(text))
 
 
 def _positive(text: str) -> int:
@@ -46,9 +47,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--checkpoint", type=_text, metavar="SOURCE", help="file, folder or hub id (default: the small trained model)"
     )
-    group.addoption("--config", type=_text, metavar="FILE", help="config.json, where it is not beside the checkpoint")
+    group.addoption("--config", type=_path, metavar="FILE", help="config.json, where it is not beside the checkpoint")
     group.addoption(
-        "--tokenizer", type=_text, metavar="FILE", help="tokenizer.json, where it is not beside the checkpoint"
+        "--tokenizer", type=_path, metavar="FILE", help="tokenizer.json, where it is not beside the checkpoint"
     )
     group.addoption("--download", action="store_true", help="download a hub id that is not in the local cache")
     group.addoption(

@@ -20,6 +20,7 @@ from epic_quant import __version__, command_line, kernels, machine
 from epic_quant.calibration import Hessians, gather, text_sha256
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import CheckpointError, SpecError, TokenError
+from epic_quant.files import user_path
 from epic_quant.gemma4.config import TextConfig
 from epic_quant.gemma4.tensors import TextTensor, expected_tensors, text_tensors
 from epic_quant.plan import plan_quality
@@ -70,7 +71,7 @@ class Run:
         asked = [command_line.policy_of(text) for text in self.options.policy]
         _check_names(asked)
         source = DEFAULT_CHECKPOINT if self.options.checkpoint is None else self.options.checkpoint
-        self.is_default = Path(source).resolve() == DEFAULT_CHECKPOINT
+        self.is_default = user_path(source).resolve() == DEFAULT_CHECKPOINT
         self.checkpoint = Checkpoint.open(
             source,
             config=self.options.config,

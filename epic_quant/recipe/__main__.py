@@ -10,7 +10,7 @@ from pathlib import Path
 
 from epic_quant import command_line
 from epic_quant.errors import RecipeError
-from epic_quant.files import atomic
+from epic_quant.files import atomic, user_path
 from epic_quant.recipe.assignment import BY, Recipe
 from epic_quant.recipe.inputs import problem_of
 from epic_quant.recipe.llama_cpp import BITS, nearest_type, tensor_type_arguments
@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         ],
         "0; 2 where no recipe can be made.",
     )
-    parser.add_argument("json", type=Path, metavar="out.json", help="what --benchmark-json wrote")
+    parser.add_argument("json", type=user_path, metavar="out.json", help="what --benchmark-json wrote")
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--budget", type=_nbytes, metavar="BYTES", help="resident bytes at most, such as 3.5GB")
     budget.add_argument("--bits", type=_bits, metavar="BITS", help="bits a weight at most, on average, such as 4.2")
@@ -148,7 +148,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="CLASS",
         help="leave this class, or the kv_cache, in bf16 (repeatable)",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the policy, or the arguments, to this file")
+    parser.add_argument(
+        "--out", type=user_path, metavar="FILE", help="write the policy, or the arguments, to this file"
+    )
     return parser
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from epic_quant import command_line
 from epic_quant.errors import ReportError
+from epic_quant.files import user_path
 from epic_quant.report import writing
 from epic_quant.report.sections import comparison, limits
 from epic_quant.results import gate
@@ -74,10 +75,10 @@ def _parser() -> argparse.ArgumentParser:
         ],
         "0; 1 where a value fails a limit of --fail-if; 2 where the report cannot be made.",
     )
-    parser.add_argument("json", type=Path, metavar="out.json", help="what --benchmark-json wrote")
+    parser.add_argument("json", type=user_path, metavar="out.json", help="what --benchmark-json wrote")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=user_path,
         default=Path("reports"),
         metavar="DIR",
         help="folder to write to, - for standard output (reports)",
@@ -90,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         help="md, html and csv, one or more parted by commas (%(default)s)",
     )
     parser.add_argument(
-        "--baseline", type=Path, metavar="old.json", help="an older run, to show every value beside what it was"
+        "--baseline", type=user_path, metavar="old.json", help="an older run, to show every value beside what it was"
     )
     parser.add_argument("--compare-times", action="store_true", help="compare times of different machines too")
     parser.add_argument("--fail-if", action="append", default=[], metavar=gate.METAVAR, help=gate.HELP)

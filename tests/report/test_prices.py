@@ -164,6 +164,7 @@ def test_a_record_without_tensors_and_recipes_is_no_error(run_of):
     [
         {"tensors": {"a": {}}},
         {"tensors": {"a": {"tensor_class": "mlp", "kind": None, "layer": None, "numel": 0, "specs": {}}}},
+        {"tensors": {"layers.3.x": {"tensor_class": "mlp", "kind": None, "layer": 10**300, "numel": 1, "specs": {}}}},
         {
             "tensors": {
                 "a": {"tensor_class": "mlp", "kind": None, "layer": 0, "numel": 1, "specs": {"int99": [1, 1, 1]}}
