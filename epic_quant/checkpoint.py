@@ -41,6 +41,12 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 # The format's own limit, so that a wild length does not become a wild allocation.
 _MAX_HEADER_NBYTES = 100_000_000
 

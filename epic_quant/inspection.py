@@ -109,13 +109,15 @@ def _part(file_name: str, tensor: TextTensor | None) -> str:
 
 
 def _parts_table(checkpoint: Checkpoint, tensors: dict[str, TextTensor], total: int) -> str:
+    from epic_quant.checkpoint import dtype_name
+
     members: dict[str, list[str]] = defaultdict(list)
     for name in checkpoint.names:
         members[_part(name, tensors.get(name))].append(name)
     rows = []
     for part, names in sorted(members.items(), key=lambda item: -sum(map(checkpoint.nbytes, item[1]))):
         nbytes = sum(map(checkpoint.nbytes, names))
-        dtypes = sorted({str(checkpoint.dtype(name)).removeprefix("torch.") for name in names})
+        dtypes = sorted({dtype_name(checkpoint.dtype(name)) for name in names})
         rows.append([part, len(names), nbytes, f"{nbytes / total:.1%}", " ".join(dtypes)])
     headers = ["part", "tensors", "bytes", "share", "dtype"]
     return tabulate(rows, headers=headers, intfmt=",", colalign=("left", "right", "right", "right", "left"))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from epic_quant.checkpoint import Checkpoint
+from epic_quant.checkpoint import Checkpoint, dtype_name
 from epic_quant.errors import CheckpointError
 from epic_quant.gemma4.tensors import is_head
 from epic_quant.quant.scales import SCALE_DTYPE
@@ -116,12 +116,8 @@ def _dtypes(checkpoint: Checkpoint, values: Sequence[Values]) -> Iterator[tuple[
     for one in values:
         numel[one.dtype] += math.prod(checkpoint.shape(one.name))
         names[one.dtype].append(one.name)
-    usual = max(numel, key=lambda dtype: numel[dtype], default=None)
+    usual = max(numel, key=lambda dtype: numel[dtype], default=torch.bfloat16)
     for dtype, its in names.items():
         if dtype is not usual:
             more = f", and {len(its) - 1} more" if len(its) > 1 else ""
-            yield its[0] + more, f"{_said(dtype)}, where most weights are {_said(usual)}"
-
-
-def _said(dtype: torch.dtype | None) -> str:
-    return str(dtype).removeprefix("torch.")
+            yield its[0] + more, f"{dtype_name(dtype)}, where most weights are {dtype_name(usual)}"

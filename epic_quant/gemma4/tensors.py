@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from epic_quant.checkpoint import Checkpoint
+from epic_quant.checkpoint import Checkpoint, dtype_name
 from epic_quant.errors import CheckpointError, ConfigError
 from epic_quant.gemma4.config import LayerSpec, TextConfig
 from epic_quant.spec import KINDS, Target, TensorClass
@@ -73,7 +73,7 @@ def text_tensors(checkpoint: Checkpoint, config: TextConfig) -> Mapping[str, str
                 raise CheckpointError(f"{checkpoint.source}: no tensor {name}")
             continue
         if (dtype := checkpoint.dtype(found[name])) not in FLOATS:
-            raise CheckpointError(f"{checkpoint.source}: {found[name]} is stored as {_said(dtype)}; {_PLAIN}")
+            raise CheckpointError(f"{checkpoint.source}: {found[name]} is stored as {dtype_name(dtype)}; {PLAIN}")
         if (shape := tuple(checkpoint.shape(found[name]))) != tensor.shape:
             raise ConfigError(
                 f"{checkpoint.source}: {found[name]} is {list(shape)}, but the config makes it {list(tensor.shape)}"
@@ -86,7 +86,7 @@ def is_head(file_name: str) -> bool:
     return _PREFIX.sub("", file_name) == _HEAD
 
 
-# What weights may be stored in, to be the model that others are measured against.
+# What the weights of the model that others are measured against may be stored in.
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 # The multimodal class writes `model.language_model.layers…`, the text-only one `model.layers…`; others have neither.
@@ -94,7 +94,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _PREFIX = re.compile(r"^((base_model|module|_orig_mod|model|language_model)\.)*")
 _TOWERS = ("vision_tower.", "audio_tower.", "embed_vision.", "embed_audio.")
 _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
-_PLAIN = "expected plain weights in bf16, fp16, fp32 or fp64, neither quantized nor with an adapter or a bias beside"
+PLAIN = "expected plain weights in bf16, fp16, fp32 or fp64, neither quantized nor with an adapter or a bias beside"
 _COMPARED_ROWS = 512
 
 
@@ -110,7 +110,7 @@ def _check_others(
         # Formats of quantized weights write `….weight_scale`, `….qweight` and the like; adapters `….lora_A.weight`.
         parts = name.split(".")
         if any(".".join(parts[:count]) in stems for count in range(1, len(parts))):
-            raise CheckpointError(f"{checkpoint.source}: has {file_name}; {_PLAIN}")
+            raise CheckpointError(f"{checkpoint.source}: has {file_name}; {PLAIN}")
         if name.startswith("layers."):
             raise ConfigError(f"{checkpoint.source}: the config has no tensor {name}, but the file has {file_name}")
         missing = next((one for one, tensor in expected.items() if one not in found and not tensor.unused), None)
@@ -132,10 +132,6 @@ def _check_head(checkpoint: Checkpoint, head: str, embedding: str | None) -> Non
         raise CheckpointError(
             f"{checkpoint.source}: {head} differs from {embedding}, but this model's head is tied to its embedding"
         )
-
-
-def _said(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _globals(config: TextConfig) -> Iterator[TextTensor]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from epic_quant.checkpoint import Checkpoint
@@ -44,9 +46,10 @@ class Weights(ABC):
 
 
 class CheckpointWeights(Weights):
-    """The weights as the checkpoint has them: views of its mapped file, so that nothing is held.
+    """The weights of the checkpoint in bf16, which everything is held against.
 
-    Raises ConfigError and CheckpointError as `TextConfig.read` and `text_tensors` do.
+    From a file in bf16 they are views of its map, so that nothing is held; from one in fp16, fp32 or fp64 each is
+    rounded when it is asked for. Raises ConfigError and CheckpointError as `TextConfig.read` and `text_tensors` do.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -66,13 +69,13 @@ class CheckpointWeights(Weights):
         return self._tensors
 
     def get(self, name: str) -> Tensor:
-        """A tensor by its canonical name, in the file's dtype."""
-        return self._checkpoint.tensor(self._file_names[name])
+        """A tensor by its canonical name, in bf16."""
+        return self._checkpoint.tensor(self._file_names[name]).bfloat16()
 
     def rows(self, name: str, ids: Tensor) -> Tensor:
-        """Rows [n, cols] of a matrix, in the file's dtype; no other row is read."""
-        return self._checkpoint.rows(self._file_names[name], ids)
+        """Rows [n, cols] of a matrix, in bf16; no other row is read."""
+        return self._checkpoint.rows(self._file_names[name], ids).bfloat16()
 
     def nbytes(self, name: str) -> int:
-        """Bytes of a tensor in the file."""
-        return self._checkpoint.nbytes(self._file_names[name])
+        """Bytes of a tensor in bf16."""
+        return torch.bfloat16.itemsize * math.prod(self._tensors[name].shape)

@@ -53,8 +53,8 @@ class PLERowCache:
 
     With `packed`, a file that `pack_table` made, rows are read from it, kept packed and decoded on the way out. With a
     `spec` other than bf16 and no such file, cold rows are read from the checkpoint and quantized each time, which takes
-    far longer than the read. `reads` is `positioned` or `mapped`; the second raises no error where a file shrinks in
-    the middle of a read.
+    far longer than the read; rows of a table in fp16, fp32 or fp64 are rounded to bf16 likewise. `reads` is
+    `positioned` or `mapped`; the second raises no error where a file shrinks in the middle of a read.
 
     A context manager. Threads may look up at the same time. Raises SpecError on settings that do not fit the table,
     and CheckpointError or ConfigError on a table that is not as the config says.
@@ -120,8 +120,8 @@ class PLERowCache:
     def rows(self, token_ids: Tensor) -> Tensor:
         """Rows of token ids, integers of any shape with n in all: [n, num_layers, dim], a copy.
 
-        The table's own bits and dtype, or fp32 where rows are packed. Raises TokenError on ids that are no integers or
-        out of range, and CheckpointError where the file can no longer be read.
+        The table's own bits where it is in bf16; fp32 where rows are packed, or were rounded to bf16. Raises TokenError
+        on ids that are no integers or out of range, and CheckpointError where the file can no longer be read.
         """
         ids = self._checked(token_ids)
         with self._lock:
@@ -197,7 +197,7 @@ def _source(
         if spec not in (BF16, rows_format.spec):
             raise SpecError(f"{packed}: packed as {rows_format.spec}, but {spec} is asked for")
         (name,) = checkpoint.names
-    elif spec == BF16:
+    elif spec == BF16 and table.location.dtype is torch.bfloat16:
         rows_format = PlainRows(table.location.dtype, table.cols)
     else:
         rows_format = PackedRows.of(spec, table.cols)
@@ -206,7 +206,7 @@ def _source(
         reader = MappedRows(checkpoint, name)
     else:
         reader = PositionedRows(checkpoint.location(name), num_threads)
-    return rows_format, reader, packed is None and spec != BF16
+    return rows_format, reader, packed is None and isinstance(rows_format, PackedRows)
 
 
 def _capacity(rows: int | None, nbytes: int | None, row_nbytes: int) -> int:

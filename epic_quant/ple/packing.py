@@ -14,10 +14,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from epic_quant.checkpoint import Checkpoint, TensorLocation
+from epic_quant.checkpoint import Checkpoint, TensorLocation, dtype_name
 from epic_quant.errors import CheckpointError, ConfigError, QuantizationError, SpecError
 from epic_quant.files import safetensors_writer
 from epic_quant.gemma4.config import TextConfig
+from epic_quant.gemma4.tensors import FLOATS, PLAIN
 from epic_quant.quant import from_tensors, quantize, resolved
 from epic_quant.spec import WeightSpec
 
@@ -50,6 +51,8 @@ class Table:
                 f"{checkpoint.source}: {names[0]} is {list(shape)}, but {config.num_layers} layers of {config.ple_dim} "
                 f"for {config.ple_vocab_size} ids make it {list(expected)}"
             )
+        if (dtype := checkpoint.dtype(names[0])) not in FLOATS:
+            raise CheckpointError(f"{checkpoint.source}: {names[0]} is stored as {dtype_name(dtype)}; {PLAIN}")
         return cls(checkpoint, names[0], config.num_layers, config.ple_dim)
 
     @property

@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 from epic_quant import __version__, command_line, kernels, machine
 from epic_quant.calibration import Hessians, gather, text_sha256
-from epic_quant.checkpoint import Checkpoint
+from epic_quant.checkpoint import Checkpoint, dtype_name
 from epic_quant.errors import CheckpointError, SpecError, TokenError
 from epic_quant.files import user_path
 from epic_quant.gemma4.config import TextConfig
 from epic_quant.gemma4.tensors import TextTensor, expected_tensors, text_tensors
+from epic_quant.gemma4.weights import CheckpointWeights
 from epic_quant.plan import plan_quality
 from epic_quant.ple.residency import Ids
 from epic_quant.ple.traces import check_trace, load_ids
@@ -87,7 +88,7 @@ class Run:
         self.kv_policies |= self._fitting(asked_kv or NAMED_KV.values(), check_kv, bool(asked_kv))
         for spec in map(WeightSpec.parse, self.options.price):
             self._check_priced(spec)
-        self._file_names = text_tensors(self.checkpoint, self.config)
+        self._weights = CheckpointWeights(self.checkpoint)
         self.nbytes = sum(self.checkpoint.nbytes(name) for name in self.checkpoint.names)
 
     def _fitting(
@@ -175,11 +176,11 @@ class Run:
 
     def sample(self, tensor: TextTensor) -> Tensor:
         """The rows of a matrix whose error is taken: all, or a seeded sample that every scheme shares."""
-        name, rows = self._file_names[tensor.name], self.sampled_rows
+        rows = self.sampled_rows
         if rows is None or tensor.shape[0] <= rows:
-            return self.checkpoint.tensor(name)
+            return self._weights.get(tensor.name)
         ids = torch.randperm(tensor.shape[0], generator=torch.Generator().manual_seed(SEED))[:rows]
-        return self.checkpoint.rows(name, ids.sort().values)
+        return self._weights.rows(tensor.name, ids.sort().values)
 
     def windows(self, num_windows: int, window_tokens: int) -> Tensor:
         """Windows of the evaluation text, int64 [num_windows, window_tokens]; see `text.token_windows`."""
@@ -328,7 +329,8 @@ class Run:
     @cached_property
     def used_names(self) -> list[str]:
         """The names in the file of the text tensors in use."""
-        return [self._file_names[tensor.name] for tensor in expected_tensors(self.config) if not tensor.unused]
+        names = text_tensors(self.checkpoint, self.config)
+        return [names[tensor.name] for tensor in expected_tensors(self.config) if not tensor.unused]
 
     def check_values(self) -> None:
         """Read the weights once. Raises CheckpointError, naming tensor and row, where no figure could be had of them.
@@ -407,6 +409,7 @@ class Run:
                 "source": self.name,
                 "fingerprint": self.checkpoint.fingerprint,
                 "nbytes": self.nbytes,
+                "dtype": " ".join(sorted({dtype_name(self.checkpoint.dtype(name)) for name in self.used_names})),
                 "num_layers": self.config.num_layers,
                 "kind": "trained-small" if self.is_default else "user",
             },

@@ -90,11 +90,11 @@ def other_head(found: Tensors) -> Tensor:
     return head
 
 
-def all_as(dtype: torch.dtype) -> Callable[[Path], None]:
-    """All tensors in a dtype that holds what bf16 holds here."""
+def all_as(dtype: torch.dtype, factor: float = 1.0) -> Callable[[Path], None]:
+    """All tensors in a dtype that holds what bf16 holds here, times a factor."""
 
     def change(found: Tensors) -> None:
-        found |= {name: tensor.to(dtype) for name, tensor in found.items()}
+        found |= {name: tensor.to(dtype) * factor for name, tensor in found.items()}
 
     return tensors(change)
 
@@ -224,6 +224,8 @@ CASES = (
     Case("fp32", all_as(torch.float32)),
     Case("fp16", all_as(torch.float16)),
     Case("fp64", all_as(torch.float64)),
+    Case("fp32 that rounds to the same bf16", all_as(torch.float32, 1 + 2**-12)),
+    Case("fp64 that rounds to the same bf16", all_as(torch.float64, 1 - 2**-12)),
     Case("int8 with a scale", stored_as(MATRIX, torch.int8, weight_scale=torch.ones(1)), "up_proj"),
     Case("int8 without a scale", stored_as(TABLE, torch.int8), "embed_tokens_per_layer"),
     Case(

@@ -53,6 +53,28 @@ def test_the_simulation_counts_the_caches_hits(checkpoint, residency, batches, c
             assert [cache.stats.hits] == simulation.lru(trace, [capacity])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_a_table_of_another_dtype_is_held_in_bf16(weights, tmp_path, dtype):
+    """The rounded weights, in two bytes each; what is added rounds away."""
+    rounded = weights.bfloat16()
+    ids = torch.tensor([5, 1, 5, 0])
+    with (
+        Checkpoint.open(write_table(tmp_path, rounded.to(dtype) * (1 + 2**-10))) as other,
+        PLERowCache(other, capacity_nbytes=3 * ROW_NBYTES) as cache,
+    ):
+        assert cache.capacity_rows == 3
+        for _ in range(2):
+            assert torch.equal(cache.rows(ids).reshape(4, -1), rounded[ids].float())
+
+
+def test_a_table_of_codes_is_refused(weights, tmp_path):
+    with (
+        Checkpoint.open(write_table(tmp_path, weights.char())) as other,
+        pytest.raises(CheckpointError, match="is stored as int8; expected plain"),
+    ):
+        PLERowCache(other, capacity_rows=3)
+
+
 def test_a_batch_larger_than_the_cache_is_answered_whole(checkpoint, table):
     ids = torch.arange(ROWS).flip(0)
     with PLERowCache(checkpoint, capacity_rows=3) as cache:

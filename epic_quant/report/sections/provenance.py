@@ -23,6 +23,10 @@ def at_the_head(run: Run) -> list[Block]:
     facts, checkpoint = run.facts, run.facts["checkpoint"]
     name = code(checkpoint["source"])
     statement = f"The weights are those of {name}." if checkpoint["kind"] == "user" else _SMALL_MODEL
+    if checkpoint.get("dtype") not in (None, "bfloat16"):
+        statement += (
+            f" The file stores {_text(checkpoint['dtype'])}; all is measured against its weights rounded to bf16."
+        )
     versions = facts.get("versions") or {}
     parts = [
         f"checkpoint {name}",
@@ -45,6 +49,7 @@ def blocks(run: Run) -> list[Block]:
         "checkpoint": _text(checkpoint["source"]),
         "fingerprint": _text(checkpoint.get("fingerprint")),
         "bytes": _with_unit(megabytes(checkpoint.get("nbytes")), "MB"),
+        "stored in": _text(checkpoint.get("dtype")),
         "layers": _text(checkpoint.get("num_layers")),
         "rows of each tensor whose error is measured": _text(facts.get("sampled_rows") or "all"),
         "tokens in the KV cache": _text(facts.get("context")),
