@@ -31,8 +31,8 @@ class KVCache:
     """A `gemma4.kv_store.KVStore` that holds packed codes, their scales, and what the spec leaves unquantized.
 
     K and V come and go in `dtype`, in which unquantized tokens are held too. Only KV source layers store any; a sharing
-    layer's are its source's. `layers` has the KV specs of layers that have one of their own. Raises SpecError where a
-    spec does not fit the heads.
+    layer's are its source's. `layers` has the KV specs of KV source layers that have one of their own. Raises SpecError
+    where a spec does not fit the heads, and CacheError for a dtype, a batch size or a layer that makes no sense.
     """
 
     def __init__(
@@ -46,9 +46,13 @@ class KVCache:
     ) -> None:
         if not dtype.is_floating_point:
             raise CacheError(f"a KV cache computes in {dtype}; expected a float dtype")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise CacheError(f"a KV cache holds a batch of {batch_size!r} sequences; expected 1 or more")
         self.dtype, self.batch_size = dtype, batch_size
         self._layers = config.layers
         own = layers or {}
+        for index in own:
+            self._source(index)
         self._stores = {
             layer.index: LayerStore(layer, own.get(layer.index, spec).of(layer.layer_type), dtype, batch_size)
             for layer in config.layers
@@ -62,21 +66,19 @@ class KVCache:
         the newest token's; on sliding layers there are at least as many as any of these tokens sees. A later call may
         overwrite the result. Raises CacheError, and stores nothing, as `append` does.
         """
-        spec = self._layer(layer)
-        window, tokens = spec.attention.sliding_window, k.shape[-2]
-        before = self._stores[layer].tokens if spec.is_kv_source else 0
+        store, window = self._checked(layer, k, v), self._layers[layer].attention.sliding_window
+        before, tokens = store.tokens, k.shape[-2]
         if window is None or tokens == 1 or before + tokens <= window:
-            self.append(layer, k, v)
-            return self.keys(layer), self.values(layer)
+            store.append(k, v)
+            return store.keys(), store.values()
         # The first of several tokens still sees keys that the cache drops when it takes the last one. So they go in by
         # at most a window at a time, and each chunk is read back, after the keys that were there before.
-        self._check_pair(spec, k, v)
-        chunks = [(self.keys(layer).clone(), self.values(layer).clone())] if before else []
+        chunks = [(store.keys().clone(), store.values().clone())] if before else []
         for first in range(0, tokens, window):
             its_k, its_v = k[..., first : first + window, :], v[..., first : first + window, :]
-            self.append(layer, its_k, its_v)
+            store.append(its_k, its_v)
             newest = slice(-its_k.shape[-2], None)
-            chunks.append((self.keys(layer)[..., newest, :].clone(), self.values(layer)[..., newest, :].clone()))
+            chunks.append((store.keys()[..., newest, :].clone(), store.values()[..., newest, :].clone()))
         return torch.cat([keys for keys, _ in chunks], dim=-2), torch.cat([values for _, values in chunks], dim=-2)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -85,8 +87,7 @@ class KVCache:
         Raises CacheError, and stores nothing, for another shape or dtype, for NaN or infinity, and for a layer that is
         not there or shares another's K and V.
         """
-        self._check_pair(self._layer(layer), k, v)
-        self._stores[layer].append(k, v)
+        self._checked(layer, k, v).append(k, v)
 
     def keys(self, layer: int) -> Tensor:
         """The newest keys, oldest first: [batch, num_kv_heads, kept, head_dim]. A later `append` may overwrite them.
@@ -145,13 +146,20 @@ class KVCache:
             raise CacheError(f"layer {layer} holds no K and V yet")
         return store
 
-    def _check_pair(self, spec: LayerSpec, k: Tensor, v: Tensor) -> None:
+    def _source(self, layer: int) -> LayerSpec:
+        spec = self._layer(layer)
         if not spec.is_kv_source:
-            raise CacheError(f"layer {spec.index} stores no K and V: it shares those of layer {spec.kv_source}")
+            raise CacheError(f"layer {layer} stores no K and V: it shares those of layer {spec.kv_source}")
+        return spec
+
+    def _checked(self, layer: int, k: Tensor, v: Tensor) -> LayerStore:
+        """The layer's store, which can take k and v."""
+        spec = self._source(layer)
         self._check("K", k, spec)
         self._check("V", v, spec)
         if k.shape != v.shape:
-            raise CacheError(f"layer {spec.index} got K of {k.shape[2]} tokens and V of {v.shape[2]}")
+            raise CacheError(f"layer {layer} got K of {k.shape[2]} tokens and V of {v.shape[2]}")
+        return self._stores[layer]
 
     def _check(self, what: str, x: Tensor, spec: LayerSpec) -> None:
         heads, dims = spec.attention.num_kv_heads, spec.attention.head_dim

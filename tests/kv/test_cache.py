@@ -1,5 +1,7 @@
 """What is stored and what comes back, against the quantizers of quant/ and NumPy."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -346,40 +348,47 @@ def test_a_sharing_layer_reads_its_source(config):
     assert cache.nbytes == cache.layer_nbytes(3)
 
 
-def bad(change, which):
-    """K and V of 4 tokens of a full layer, one of them changed."""
+def bad(change, which=None, layer=FULL, tokens=4):
+    """K and V, both or one of them changed, refused by `append` and by `update` in the same words."""
 
-    def append(cache, config):
-        pair = list(keys_and_values(config, FULL, 4))
-        pair[which] = change(pair[which])
-        cache.append(FULL, *(x[None] for x in pair))
+    def take(cache, config):
+        pair = [x[None] for x in keys_and_values(config, layer, tokens)]
+        pair = [change(x) if which in (None, place) else x for place, x in enumerate(pair)]
+        with pytest.raises(CacheError) as error:
+            cache.append(layer, *pair)
+        with pytest.raises(CacheError, match=f"^{re.escape(str(error.value))}$"):
+            cache.update(layer, *pair)
+        raise error.value
 
-    return append
+    return take
 
 
 def with_value(x, value):
     x = x.clone()
-    x[1, 2, 3] = value
+    x[0, 1, 2, 3] = value
     return x
 
 
+EXPECTED = r"; expected \[1, 2, tokens, 32\]$"
 BAD = {
-    "no tokens": (
-        bad(lambda x: x[:, :0], 0),
-        r"K of layer 2 is of shape \[1, 2, 0, 32\]; expected \[1, 2, tokens, 32\]",
+    "no tokens": (bad(lambda x: x[:, :, :0], 0), rf"K of layer 2 is of shape \[1, 2, 0, 32\]{EXPECTED}"),
+    "heads": (bad(lambda x: x[:, :1], 0), rf"K of layer 2 is of shape \[1, 1, 4, 32\]{EXPECTED}"),
+    "head_dim": (bad(lambda x: x[..., :16], 1), rf"V of layer 2 is of shape \[1, 2, 4, 16\]{EXPECTED}"),
+    "batch": (bad(lambda x: x.expand(3, -1, -1, -1)), rf"K of layer 2 is of shape \[3, 2, 4, 32\]{EXPECTED}"),
+    "a number": (bad(lambda x: x.sum()), rf"K of layer 2 is of shape \[\]{EXPECTED}"),
+    "one dim": (bad(lambda x: x[0, 0, 0]), rf"K of layer 2 is of shape \[32\]{EXPECTED}"),
+    "three dims": (bad(lambda x: x[0]), rf"K of layer 2 is of shape \[2, 4, 32\]{EXPECTED}"),
+    "five dims": (bad(lambda x: x[None], 1), rf"V of layer 2 is of shape \[1, 1, 2, 4, 32\]{EXPECTED}"),
+    "tokens": (bad(lambda x: x[:, :, :3], 1), "^layer 2 got K of 4 tokens and V of 3$"),
+    "beyond the window": (
+        bad(lambda x: x[:, :, :-1], 1, SLIDING, WINDOW + 5),
+        "^layer 0 got K of 25 tokens and V of 24$",
     ),
-    "heads": (bad(lambda x: x[:1], 0), r"K of layer 2 is of shape \[1, 1, 4, 32\]"),
-    "head_dim": (bad(lambda x: x[..., :16], 1), r"V of layer 2 is of shape \[1, 2, 4, 16\]"),
-    "batch": (bad(lambda x: x[None], 1), r"V of layer 2 is of shape \[1, 1, 2, 4, 32\]"),
-    "tokens": (bad(lambda x: x[:, :3], 1), "layer 2 got K of 4 tokens and V of 3"),
     "dtype": (bad(lambda x: x.bfloat16(), 0), "K of layer 2 is torch.bfloat16; this cache's dtype is torch.float32"),
     "integers": (bad(lambda x: x.int(), 1), "V of layer 2 is torch.int32"),
     "nan": (bad(lambda x: with_value(x, torch.nan), 1), "V of layer 2 has NaN or infinity"),
     "inf": (bad(lambda x: with_value(x, -torch.inf), 0), "K of layer 2 has NaN or infinity"),
-    "sharing": (
-        lambda cache, config: cache.append(SHARING, *keys_and_values(config, SHARING, 4)),
-        "layer 4 stores no K and V: it shares those of layer 3",
-    ),
+    "sharing": (bad(lambda x: x, layer=SHARING), "layer 4 stores no K and V: it shares those of layer 3"),
     "layer": (
         lambda cache, config: cache.append(5, *keys_and_values(config, FULL, 4)),
         "there is no layer 5; expected 0 to 4",
@@ -420,11 +429,25 @@ def test_values_beyond_fp32_are_refused(config):
         cache.append(FULL, k[None], k[None])
 
 
-def test_an_empty_cache_has_no_bits_and_an_integer_dtype_no_sense(config):
+def test_an_empty_cache_has_no_bits(config):
     with pytest.raises(CacheError, match="an empty KV cache"):
         _ = KVCache(config, KVSpec()).bits_per_value
-    with pytest.raises(CacheError, match=r"computes in torch\.int8; expected a float dtype"):
-        KVCache(config, KVSpec(), torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": torch.int8}, r"computes in torch\.int8; expected a float dtype"),
+        ({"batch_size": 0}, "a batch of 0 sequences; expected 1 or more"),
+        ({"batch_size": -2}, "a batch of -2 sequences"),
+        ({"batch_size": 1.5}, r"a batch of 1\.5 sequences"),
+        ({"layers": {7: KVSpec()}}, "there is no layer 7; expected 0 to 4"),
+        ({"layers": {2: KVSpec(), SHARING: KVSpec()}}, "layer 4 stores no K and V: it shares those of layer 3"),
+    ],
+)
+def test_a_cache_that_makes_no_sense_is_not_made(config, options, message):
+    with pytest.raises(CacheError, match=message):
+        KVCache(config, KVSpec(), **options)
 
 
 @settings(deadline=None, max_examples=20)
