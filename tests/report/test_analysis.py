@@ -17,6 +17,7 @@ from epic_quant.records.subjects import (
 from epic_quant.report.analysis import footprint, kv, ple, policies, recipes, sensitivity, speed, weights
 from epic_quant.report.analysis.pareto import front
 from epic_quant.report.analysis.quality import proxies
+from epic_quant.report.sections import sensitivity as section
 from epic_quant.results.reading import parse_run
 from epic_quant.results.run import Run
 from epic_quant.spec import NOISE_FLOOR, PolicySpec, TensorClass, WeightSpec
@@ -188,6 +189,44 @@ def test_the_class_that_costs_most_for_each_mb(run):
 def test_a_layer_is_no_class():
     layer = made(SensitivityRecord, tensor_class="mlp", spec="int4", text="evaluation", layer=7, kl_per_mb=9.0)
     assert sensitivity.costs(of(layer)) is None
+
+
+def alone(tensor_class, spec, divergence, kl_per_mb, **values):
+    values = {"layer": None, "text": "evaluation"} | values
+    return made(
+        SensitivityRecord, tensor_class=tensor_class, spec=spec, kl_divergence=divergence, kl_per_mb=kl_per_mb, **values
+    )
+
+
+def test_what_people_ask_about_is_told_at_8_and_4_bits_beside_computing_in_bf16():
+    """The best spec of that width, all of whose codes have it; others under the same spec by their median."""
+    run = of(
+        quality(NOISE_FLOOR, None, 2e-5),
+        alone("ple_projections", "int8-g128", 1e-5, 0.06),
+        alone("ple_projections", "int4-g128", 0.004, 0.9),
+        alone("ple_projections", "codebook4", 0.003, 0.8),
+        alone("ple_projections", "int4-g128", 1e-9, 1e-9, layer=3),
+        *(alone(name, "int8-g64", 1e-5, cost) for name, cost in (("mlp", 0.01), ("embedding", 0.03))),
+        alone("full_attention", "int8-g128", 1e-5, 0.02),
+        alone("mlp", "codebook4", 0.1, 0.4),
+        alone("kv_cache", "int8", 2.1e-5, 0.1),
+        alone("kv_cache", "k=int8/v=int4", 1e-9, 0.1),
+        alone("kv_cache", "int4+had512", 0.5, 0.1),
+    )
+    found = sensitivity.asked(run)
+    assert {
+        name: [(one.bits, one.record.spec, one.is_harmless, one.of_others) for one in widths]
+        for name, widths in found.items()
+    } == {
+        "kv_cache": [(8, "int8", False, None), (4, "int4+had512", False, None)],
+        "ple_projections": [(8, "int8-g128", True, pytest.approx(3)), (4, "codebook4", False, pytest.approx(2))],
+    }
+    assert (
+        "ple_projections alone: 8 bits are harmless (`int8-g128` 1.00e-05 nats, 0.500× what computing in bf16 changes, a "
+        "MB saved 3.00× that of other classes); 4 bits are not harmless (`codebook4` 0.00300 nats, 150× what computing "
+        "in bf16 changes, a MB saved 2.00× that of other classes)."
+    ) in section.findings(run)
+    assert sensitivity.asked(of(alone("kv_cache", "int8", 1e-5, 0.1))) == {}
 
 
 def test_published_figures_are_met_to_the_digit_or_not(run):

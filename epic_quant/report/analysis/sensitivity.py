@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from epic_quant.records.subjects import CALIBRATION, EVALUATION, SensitivityRecord
+from epic_quant.report.analysis import policies
 from epic_quant.results.run import Run, distinct
-from epic_quant.spec import WeightSpec
+from epic_quant.spec import FORMATS, KV_CACHE, TensorClass, WeightSpec
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,25 @@ class Costs:
     costliest: SensitivityRecord
     cheapest: SensitivityRecord
     by_width: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class AtWidth:
+    """The least divergence of one class alone at a number of bits, beside that of computing in bf16.
+
+    `of_others` is how many times as much a MB saved a class of tensors costs as the median of the others does under the
+    same spec, groups aside; None where there are none.
+    """
+
+    bits: int
+    record: SensitivityRecord
+    noise_floor: float
+    of_others: float | None
+
+    @property
+    def is_harmless(self) -> bool:
+        """Whether it is no more than computing in bf16 changes."""
+        return (self.record.kl_divergence or 0.0) <= self.noise_floor
 
 
 def reported(run: Run) -> list[SensitivityRecord]:
@@ -44,3 +67,46 @@ def costs(run: Run) -> Costs | None:
         if len({one.tensor_class for one in inside}) > 1:
             by_width.append((name, max(inside, key=cost).tensor_class))
     return Costs(max(records, key=cost), min(records, key=cost), tuple(by_width))
+
+
+# What people ask about: whether these may be stored in 8 bits, and in 4.
+_ASKED = (KV_CACHE, TensorClass.PLE_PROJECTIONS, TensorClass.PLE_MODEL_PROJECTION)
+_ASKED_BITS = (8, 4)
+
+
+def asked(run: Run) -> dict[str, list[AtWidth]]:
+    """The KV cache and the PLE projections at 8 and at 4 bits; those alone that were measured, as the noise floor."""
+    floor = policies.noise_floor(run)
+    if floor is None:
+        return {}
+    found = {name: [one for bits in _ASKED_BITS for one in _at_width(run, name, bits, floor)] for name in _ASKED}
+    return {str(name): widths for name, widths in found.items() if widths}
+
+
+def _at_width(run: Run, tensor_class: str, bits: int, floor: float) -> Iterator[AtWidth]:
+    whole = [one for one in reported(run) if one.layer is None and one.kl_divergence is not None]
+    inside = [one for one in whole if one.tensor_class == tensor_class and _bits(one) == bits]
+    if not inside:
+        return
+    least = min(inside, key=lambda one: one.kl_divergence or 0.0)
+    others = [
+        one.kl_per_mb
+        for one in whole
+        if KV_CACHE not in (one.tensor_class, tensor_class)
+        and one.tensor_class != tensor_class
+        and width(one) == width(least)
+        and one.kl_per_mb
+    ]
+    of_others = least.kl_per_mb / statistics.median(others) if others and least.kl_per_mb else None
+    yield AtWidth(bits, least, floor, of_others)
+
+
+def _bits(record: SensitivityRecord) -> float | None:
+    """Of every code; None where they differ."""
+    storage = record.storage
+    if isinstance(storage, WeightSpec):
+        formats = {storage.format}
+    else:
+        formats = {part.format for layer in (storage.full, storage.sliding) for part in (*layer.k, *layer.v)}
+    bits = {math.log2(FORMATS[name].num_levels) if name in FORMATS else None for name in formats}
+    return bits.pop() if len(bits) == 1 else None
