@@ -15,6 +15,6 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="session")
 def hessians_for(run, tmp_path_factory):
-    """`hessians_for(*specs)`: the calibration Hessians, gathered when a spec with +gptq first needs them; else none."""
+    """`hessians_for(*specs)`: the calibration Hessians, gathered when a spec first needs them; else none."""
     gathered = cache(lambda: run.hessians(tmp_path_factory.mktemp("hessians")))
-    return lambda *specs: gathered() if any(spec.gptq for spec in specs) else {}
+    return lambda *specs: gathered() if any(spec.needs_hessian for spec in specs) else {}

@@ -33,7 +33,10 @@ ROTATED_NBYTES = 96e6
 DISTINCT_ROWS = 256
 GROUP = 128
 
-SPECS = ("int4-g128", "int3-g128", "ternary", "codebook4", "codebook3", "int8-g128", "int2-g128", "int4", "int4-g32")
+SPECS = (
+    *("int4-g128", "int3-g128", "ternary", "codebook4", "codebook3", "int8-g128", "int2-g128", "int4", "int4-g32"),
+    *("q4_k", "q6_k", "q8_0"),
+)
 ACTIVATIONS = ("int8", "fp32")
 
 

@@ -539,7 +539,9 @@ def guarded_pairs(run):
     return [
         (part, str(spec))
         for part, spec in pairs
-        if spec != BF16 and not spec.gptq and all(spec.fits(tensor.shape[1]) for tensor in run.tensors_of(part))
+        if spec != BF16
+        and not spec.needs_hessian
+        and all(spec.fits(tensor.shape[1]) for tensor in run.tensors_of(part))
     ]
 
 

@@ -173,7 +173,7 @@ def test_ladder(
     spec, tensor_class, run, class_tensors, shapes_of, hessians_for, evaluation_hessians, record, benchmark
 ):
     """One rung: error of the weights and of the output on real activations, and the distance to the limits."""
-    if spec.gptq and tensor_class not in MULTIPLIED:
+    if spec.needs_hessian and tensor_class not in MULTIPLIED:
         pytest.skip("a table that is looked up has no inputs to fit to")
     if tensor_class not in run.classes:
         pytest.skip("this model has no such tensors")
@@ -181,7 +181,7 @@ def test_ladder(
     if misfit := next(filter(None, misfits), None):
         pytest.skip(misfit)
     hessians = hessians_for(spec)
-    if spec.gptq and not hessians:
+    if spec.needs_hessian and not hessians:
         pytest.skip("no --hessians given, and gathering them on a checkpoint over 1 GB is a run of its own")
 
     evaluated = evaluation_hessians is not None and tensor_class in MULTIPLIED
@@ -207,7 +207,7 @@ def test_ladder(
             bits_per_weight=bits,
             nbytes=nbytes,
             output_rel_l2=relative(output_error, output_norm) if evaluated else None,
-            gaussian_rel_l2=relative_l2(quantize(control, spec.without_gptq).dequantize(), control),
+            gaussian_rel_l2=relative_l2(quantize(control, spec.without_hessian).dequantize(), control),
             shannon_gap_db=decibels(rel_l2 / 2**-bits),
             lloyd_max_gap_db=lloyd_max_gap_db(rel_l2, spec.info.num_levels),
             **shapes_of(tensor_class),
@@ -228,7 +228,7 @@ SYNTHETIC_SHAPE = (2048, 2560)
 
 @pytest.mark.benchmark(min_rounds=3, max_time=0.2)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-@pytest.mark.parametrize("spec", [spec for spec in LADDER if not spec.gptq], ids=str)
+@pytest.mark.parametrize("spec", [spec for spec in LADDER if not spec.needs_hessian], ids=str)
 def test_synthetic(spec, distribution, record, benchmark):
     """A scheme on synthetic weights of known distribution, and how fast it quantizes them."""
     values = DISTRIBUTIONS[distribution](np.random.default_rng(SEED), SYNTHETIC_SHAPE)

@@ -1,7 +1,7 @@
 """Hessians of every linear layer's inputs, gathered in one streamed pass over a text and kept in a file.
 
-They are what error compensation (`+gptq`) fits a weight to; gathered on the evaluation text they give, exactly, the
-output error that a quantized weight makes on it.
+They are what error compensation (`+gptq`) and importance (`+imatrix`) fit a weight to; gathered on the evaluation text
+they give, exactly, the output error that a quantized weight makes on it.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = command_line.parser(
         "calibration",
-        "Gather the Hessians of every linear layer's inputs, for specs with +gptq.",
+        "Gather the Hessians of every linear layer's inputs, for specs with +gptq and +imatrix.",
         [
             "python -m epic_quant.calibration path/to/gemma-4-E4B --text calibration.txt --out hessians.safetensors",
             "pytest benchmarks --checkpoint path/to/gemma-4-E4B --hessians hessians.safetensors --benchmark-json "

@@ -6,6 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -232,7 +233,8 @@ def _seconds_a_multiplication_of(config: TextConfig, tokens: int) -> float:
 def _seconds_a_weight(spec: WeightSpec) -> float:
     """Quantizing and decoding, a weight, on Gaussian noise."""
     weight = torch.randn(_PROBE_WEIGHTS // 1024, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
-    return _seconds(lambda: quantize(weight, spec.without_gptq).dequantize()) / _PROBE_WEIGHTS
+    rounded, hessian = replace(spec, gptq=False), torch.eye(1024)
+    return _seconds(lambda: quantize(weight, rounded, hessian).dequantize()) / _PROBE_WEIGHTS
 
 
 def _seconds(run: Callable[[], object]) -> float:

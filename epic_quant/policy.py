@@ -25,7 +25,7 @@ class PolicyWeights(Weights):
     """A checkpoint's weights with every matrix stored as the policy says.
 
     Nothing is held: a tensor is read and quantized when it is asked for, rows of a table alike. `hessians`, by
-    canonical tensor name, are for specs with `+gptq`. Raises as `CheckpointWeights` and `check` do.
+    canonical tensor name, are for specs with `+gptq` or `+imatrix`. Raises as `CheckpointWeights` and `check` do.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ def row_nbytes(spec: WeightSpec, num_cols: int) -> float:
     """Bytes of a row under `spec`: a few rows of Gaussian noise are really quantized.
 
     So nothing here knows how a format lays out its bytes; every format stores rows apart, so bytes are linear in rows.
-    Error compensation changes which codes are stored, not how, so the probe goes without.
+    What a Hessian is for changes which codes are stored, not how, so the probe goes without.
     """
     weight = torch.randn(_PROBE_ROWS, num_cols, generator=torch.Generator().manual_seed(0)).bfloat16()
-    return quantize(weight, spec.without_gptq).nbytes / _PROBE_ROWS
+    return quantize(weight, spec.without_hessian).nbytes / _PROBE_ROWS

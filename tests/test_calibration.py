@@ -10,8 +10,12 @@ from safetensors.torch import load_file, save_file
 from epic_quant.calibration import Hessians, gather, main
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import CheckpointError, TokenError
+from epic_quant.gemma4.weights import CheckpointWeights
 from epic_quant.metrics import squared_output_norm
 from epic_quant.plugin.run import DEFAULT_CHECKPOINT, Run
+from epic_quant.quant import quantize
+from epic_quant.spec import WeightSpec
+from epic_quant.text import token_windows
 
 WINDOWS = torch.randint(3, 120, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -51,6 +55,35 @@ def test_the_output_error_from_hessians_is_that_of_the_inputs():
     x, weight = torch.randn(50, 8, generator=rng).double(), torch.randn(3, 8, generator=rng)
     direct = (x @ weight.double().T).square().sum() / len(x)
     assert squared_output_norm(weight, x.T @ x / len(x)) == pytest.approx(float(direct), rel=1e-10)
+
+
+@pytest.fixture(scope="module")
+def mini_model(tmp_path_factory):
+    """The trained model's weights of layers, with Hessians of the calibration text and of the evaluation text."""
+    with Checkpoint.open(DEFAULT_CHECKPOINT) as checkpoint:
+        weights, folder = CheckpointWeights(checkpoint), tmp_path_factory.mktemp("hessians")
+        paths = [DEFAULT_CHECKPOINT / name for name in ("calibration.txt", "eval.txt")]
+        found = (
+            gather(checkpoint, path, token_windows(checkpoint, path, 4, 256), folder / path.stem) for path in paths
+        )
+        yield weights, *found
+
+
+@pytest.mark.parametrize("spec", ["q4_k", "q2_k"])
+def test_an_importance_matrix_lowers_the_output_error_on_a_text_that_it_has_not_seen(mini_model, spec):
+    weights, calibration, evaluation = mini_model
+    plain, weighted = WeightSpec(spec), WeightSpec(spec, imatrix=True)
+    errors: dict[str, dict[WeightSpec, float]] = {}
+    for tensor in weights.tensors.values():
+        if tensor.name in calibration and not tensor.unused and plain.fits(tensor.shape[1]):
+            weight = weights.get(tensor.name)
+            of_class = errors.setdefault(tensor.tensor_class, {plain: 0.0, weighted: 0.0})
+            for one in of_class:
+                error = quantize(weight, one, calibration[tensor.name]).dequantize() - weight
+                of_class[one] += squared_output_norm(error, evaluation[tensor.name].read())
+    assert all(of_class[weighted] < of_class[plain] for of_class in errors.values())
+    # The inputs of down_proj differ most in size.
+    assert errors["mlp"][weighted] < 0.2 * errors["mlp"][plain]
 
 
 def test_the_file_names_the_checkpoint_and_the_text(hessians, toy_checkpoint, text, tmp_path):

@@ -20,6 +20,12 @@ class Format:
         either_sign: bool,
         /,
     ) -> None: ...
+    @property
+    def block_cols(self) -> int:
+        """Columns of a block that holds its scales; 0 where they are kept apart."""
+    @property
+    def group_cols(self) -> int:
+        """Columns of such a block that share a scale."""
     def row_nbytes(self, cols: int, /) -> int: ...
 
 class Matrix:

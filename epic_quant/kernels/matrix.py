@@ -1,7 +1,8 @@
 """A matrix as stored, in C++: quantized, multiplied by and decoded. `epic_quant.quant` has the reference.
 
-What is stored of a row is packed codes and fp16 scales, one for every group of columns. A new coding is a row of
-`kCodings` in src/format.h and a specialization of `Codes` in src/codes.h; no Python here names one.
+What is stored of a row is packed codes and fp16 scales, one for every group of columns; or blocks that hold both, as
+ggml's types are. A new coding is a row of `kCodings` in src/format.h and a specialization of `Codes` in src/codes.h; no
+Python here names one.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ class Format:
     """The meaning of codes, and how quantizing chooses them and their scales.
 
     `coding` says how codes lie in a row's bytes: "bits1" to "bits8", the lowest bit first, across byte borders, or
-    "trits", five base-3 digits a byte, the first as the lowest. Codes from 0 on stand for `levels`, ascending whole
-    numbers in [-128, 127], in units of the scale. A ratio of weight and scale is rounded to the "nearest" of evenly
-    spaced levels, to its "sign" where its magnitude is above 0.33, or to the nearest level of a "table" of 4, 8 or 16.
+    "trits", five base-3 digits a byte, the first as the lowest; or it is a type of ggml, by its name. Codes from 0 on
+    stand for `levels`, ascending whole numbers in [-128, 127], in units of the scale. A ratio of weight and scale is
+    rounded to the "nearest" of evenly spaced levels, to its "sign" where its magnitude is above 0.33, or to the nearest
+    level of a "table" of 4, 8 or 16.
 
     The scale is a group's largest magnitude over `divisor`. Where that is 0, it is the one of least squared error,
     searched from the best one for Gaussian weights, whose levels are `gaussian_step` standard deviations apart, to the
@@ -59,10 +61,11 @@ class Rotation(NamedTuple):
 class NativeMatrix:
     """A matrix [rows, cols] as stored, with the kernels that serve it chosen.
 
-    `packed` [rows, row bytes] uint8 and `scale` [rows, a divisor of cols] fp16 are kept, or copied where they are not
-    contiguous and aligned. What is stored of a row may be that of the row rotated. `isa` is the instruction set, by
-    default the one that this process computes with. Raises KernelError for buffers that do not fit, a format that no
-    kernel knows, and an instruction set that has no kernels here.
+    `packed` [rows, row bytes] uint8 and `scale` [rows, a divisor of cols] fp16, or [rows, 0] where `packed` are blocks
+    that hold scales, are kept, or copied where they are not contiguous and aligned. What is stored of a row may be that
+    of the row rotated. `isa` is the instruction set, by default the one that this process computes with. Raises
+    KernelError for buffers that do not fit, a format that no kernel knows, and an instruction set that has no kernels
+    here.
     """
 
     def __init__(
@@ -85,8 +88,14 @@ class NativeMatrix:
         if scale.dim() != 2 or scale.dtype != torch.float16 or scale.shape[0] != rows:
             wanted = f"{torch.float16} [{rows}, a divisor of {cols}]"
             raise KernelError(f"scale is {scale.dtype} {list(scale.shape)}, expected {wanted}")
-        if not scale.shape[1] or cols % scale.shape[1]:
-            raise KernelError(f"{scale.shape[1]} scales a row do not divide rows of {cols}")
+        num_scales = scale.shape[1]
+        if native.block_cols:
+            if num_scales or cols % native.block_cols:
+                wanted = f"none beside blocks of {native.block_cols}"
+                raise KernelError(f"{num_scales} scales a row for rows of {cols} in {format.coding}, expected {wanted}")
+            num_scales = cols // native.group_cols
+        elif not num_scales or cols % num_scales:
+            raise KernelError(f"{num_scales} scales a row do not divide rows of {cols}")
         if rotation is not None:
             _check_rotation(rotation, cols)
         self.shape = rows, cols
@@ -99,7 +108,7 @@ class NativeMatrix:
                 rotation.signs.data_ptr() if rotation else 0,
                 rows,
                 cols,
-                scale.shape[1],
+                num_scales,
                 self.packed.data_ptr(),
                 self.scale.data_ptr(),
             )
@@ -118,8 +127,10 @@ class NativeMatrix:
         """`weight` [rows, cols] floats as stored, with a scale for every `group_size` columns.
 
         Raises QuantizationError where a number is not finite, which names the first such row, and KernelError where
-        the group does not divide the row, and as the constructor does.
+        the group does not divide the row, for blocks, and as the constructor does.
         """
+        if _native_format(format).block_cols:
+            raise KernelError(f"no kernel quantizes to {format.coding}")
         rows, cols = weight.shape
         if group_size < 1 or cols % group_size:
             raise KernelError(f"a group of {group_size} does not divide rows of {cols}")

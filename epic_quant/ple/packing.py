@@ -118,13 +118,14 @@ class PackedRows:
 
     @classmethod
     def of(cls, spec: WeightSpec, cols: int) -> PackedRows:
-        """The rows of a spec. Raises QuantizationError where its group does not divide the row, and SpecError for gptq.
+        """The rows of a spec. Raises QuantizationError where its group does not divide the row.
 
-        A table that is looked up multiplies no inputs, so there is no Hessian.
+        A table that is looked up multiplies no inputs, so there is no Hessian: SpecError for a spec that needs one.
         """
-        if spec.gptq:
+        if spec.needs_hessian:
             raise SpecError(
-                f"{spec}: a table that is looked up multiplies no inputs, so it has no Hessian; leave out +gptq"
+                f"{spec}: a table that is looked up multiplies no inputs, so it has no Hessian; "
+                "leave out +gptq and +imatrix"
             )
         return cls(resolved(spec, cols), cols)
 

@@ -76,7 +76,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--rows", type=_rows, metavar="N|all", help="rows of each tensor whose error is taken")
     group.addoption("--text", type=_path, metavar="FILE", help="evaluation text (default: the small model's eval.txt)")
     group.addoption(
-        "--calibration-text", type=_path, metavar="FILE", help="text that +gptq is fitted to, never evaluated on"
+        "--calibration-text",
+        type=_path,
+        metavar="FILE",
+        help="text that +gptq and +imatrix are fitted to, never evaluated on",
     )
     group.addoption(
         "--hessians", type=_path, metavar="FILE", help="hessians that python -m epic_quant.calibration made"

@@ -187,7 +187,7 @@ class Run:
         return token_windows(self.checkpoint, self.text, num_windows, window_tokens)
 
     def hessians(self, folder: Path) -> Mapping[str, Hessian]:
-        """The Hessians that +gptq is fitted with: `--hessians`, or gathered from the calibration text into `folder`.
+        """The Hessians that +gptq and +imatrix take: `--hessians`, or gathered from the calibration text into `folder`.
 
         None at all on a large checkpoint without `--hessians`: gathering them is a run of its own. Raises TokenError
         where they are of the evaluation text: fitting and evaluation never share text.
@@ -249,7 +249,7 @@ class Run:
 
     @cached_property
     def price_windows(self) -> Tensor:
-        """The windows of the calibration text that prices are taken on; not those that `+gptq` is fitted to.
+        """The windows of the calibration text that prices are taken on; not those that Hessians are of.
 
         Raises TokenError where both texts are one.
         """
@@ -274,13 +274,13 @@ class Run:
     def priced_specs(self) -> tuple[WeightSpec, ...]:
         """The specs that tensors are priced under: `--price`, or the best at each width; and those of the policies.
 
-        Ones with `+gptq` only where there are Hessians.
+        Ones with `+gptq` or `+imatrix` only where there are Hessians.
         """
         asked = [WeightSpec.parse(text) for text in self.options.price] or CANDIDATES
         own = (spec for policy in self.policies.values() for spec in sorted(policy.weight_specs, key=str))
         fitted = self._fits_hessians or bool(self.options.hessians)
         every = dict.fromkeys((*asked, *own))
-        return tuple(spec for spec in every if not spec.info.is_plain and (fitted or not spec.gptq))
+        return tuple(spec for spec in every if not spec.info.is_plain and (fitted or not spec.needs_hessian))
 
     @property
     def priced_kv(self) -> list[KVSpec]:

@@ -82,8 +82,9 @@ def price(
     """Price every matrix under every spec that fits it, and K and V of every source layer under every KV spec.
 
     `windows` int64 [N, T], BOS first, are of the text to calibrate on, never of the evaluation text; the loss is of
-    `samples` labels for each token. Specs with `+gptq` are priced where `hessians` has the tensor's, which should be of
-    other windows. Bytes of K and V are those at `context` tokens. Hidden states wait in RAM, or in a file in `folder`.
+    `samples` labels for each token. Specs with `+gptq` or `+imatrix` are priced where `hessians` has the tensor's,
+    which should be of other windows. Bytes of K and V are those at `context` tokens. Hidden states wait in RAM, or in
+    a file in `folder`.
 
     With `reduced_precision` layers and head multiply in bf16 where that is faster here, errors of weights and their
     inputs are rounded to 8 bits before they are multiplied, and the diagonal form is taken on a sample of rows.
@@ -212,7 +213,7 @@ def _fitting(
         assert tensor.tensor_class is not None
         fitting = []
         for spec in specs:
-            if spec.gptq and (tensor.tensor_class in _TABLES or tensor.name not in hessians):
+            if spec.needs_hessian and (tensor.tensor_class in _TABLES or tensor.name not in hessians):
                 if tensor.tensor_class not in _TABLES and not hessians:
                     nowhere.pop(spec, None)  # Without Hessians it is left out everywhere, which is no mistake.
                 continue
@@ -256,7 +257,7 @@ def _add_products(
     sampled = torch.arange(0, len(weight), every)
     squared = (gradient[:, sampled].T @ x).square_() * (len(weight) / len(sampled))
     for index, spec in enumerate(its.specs):
-        stored = quantize(weight, spec, hessian if spec.gptq else None)
+        stored = quantize(weight, spec, hessian if spec.needs_hessian else None)
         if reduced_precision:
             outputs = _rounded_error(stored, weight).matmul(x, "int8")
             error = stored.rows(sampled).dequantize().sub_(weight[sampled])

@@ -61,7 +61,7 @@ class Identity:
         if found.windows != self.windows:
             raise TokenError(f"{state} on other windows or another text")
         if found.hessians != self.hessians:
-            raise SpecError(f"{state} whose +gptq was fitted with other Hessians")
+            raise SpecError(f"{state} that was fitted with other Hessians")
         if found.version != self.version:
             raise SpecError(f"{state} of epic_quant {found.version}, but this is {self.version}")
 

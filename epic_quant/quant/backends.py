@@ -17,7 +17,18 @@ from epic_quant.kernels.matrix import NativeMatrix as KernelMatrix
 from epic_quant.kernels.matrix import Rotation
 from epic_quant.spec import FORMATS
 
-__all__ = ["ACTIVATIONS", "BACKENDS", "REFERENCE", "KernelMatrix", "Rotation", "Rule", "default", "kernels_for"]
+__all__ = [
+    "ACTIVATIONS",
+    "BACKENDS",
+    "REFERENCE",
+    "KernelMatrix",
+    "Rotation",
+    "Rule",
+    "computed_by",
+    "default",
+    "kernels_for",
+    "product",
+]
 
 
 def default() -> str:
@@ -31,6 +42,25 @@ def default() -> str:
 def kernels_for(format_name: str, device: torch.device, backend: str | None) -> type[KernelMatrix] | None:
     """The kernels of a format on a device; None where the reference computes. KernelError for an unknown backend."""
     return None if _chosen(backend) == REFERENCE else BACKENDS.get((format_name, device.type))
+
+
+def product(matrix: KernelMatrix | None, x: Tensor, activations: str) -> Tensor | None:
+    """`x` times the matrix by a kernel; None where the reference computes.
+
+    fp64, empty ones and gradients are for the reference, which knows no int8 activations.
+    """
+    if matrix is None or not _multiplies(matrix) or not x.numel() or x.dtype is torch.float64 or x.requires_grad:
+        return None
+    return matrix.matmul(x, activations)
+
+
+def computed_by(matrix: KernelMatrix | None, activations: str) -> str:
+    """As `StoredMatrix.computed_by`, of a matrix with its kernels."""
+    return REFERENCE if matrix is None or not _multiplies(matrix) else f"{matrix.isa}, {activations} activations"
+
+
+def _multiplies(matrix: KernelMatrix) -> bool:
+    return matrix.has_matmul and matrix.shape[0] > 0
 
 
 def rotate(x: Tensor, rotation: Rotation, backend: str | None, *, inverse: bool) -> Tensor | None:
@@ -49,7 +79,10 @@ def _chosen(backend: str | None) -> str:
     return backend
 
 
-# The native kernels know every format with one scale a group. A GPU's kernels are rows more: ("int4", "cuda").
+# The native kernels know every format with one scale a group, and some of ggml's types. A GPU's kernels are rows more:
+# ("int4", "cuda").
 BACKENDS: dict[tuple[str, str], type[KernelMatrix]] = {
-    (info.name, "cpu"): KernelMatrix for info in FORMATS.values() if info.scales_per_group == 1
+    (info.name, "cpu"): KernelMatrix
+    for info in FORMATS.values()
+    if info.scales_per_group == 1 or info.name in ("q8_0", "q6_k", "q4_k")
 }

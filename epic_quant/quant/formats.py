@@ -43,9 +43,9 @@ def quantize(
 ) -> StoredMatrix:
     """`weight` [rows, cols], of any float dtype and finite in fp32, as `spec` stores it, row by row.
 
-    `hessian` [cols, cols], fp32 or fp64, is the mean of x xᵀ over the layer's inputs x; only gptq reads it, and a
-    `Hessian` keeps what gptq makes of it for the next weight or spec. `backend` names what computes, here and with the
-    result: an instruction set, or `reference`; by default, what `quant.backends.default` says. Raises
+    `hessian` [cols, cols], fp32 or fp64, is the mean of x xᵀ over the layer's inputs x; only gptq and imatrix read it,
+    and a `Hessian` keeps what they make of it for the next weight or spec. `backend` names what computes, here and with
+    the result: an instruction set, or `reference`; by default, what `quant.backends.default` says. Raises
     QuantizationError for a weight or Hessian that does not fit.
     """
     if weight.dim() != 2 or weight.numel() == 0 or not weight.is_floating_point():

@@ -34,12 +34,27 @@ class Hessian:
     """The mean of x xᵀ over a layer's inputs x, with the inverse Cholesky factors of it: one for each rotation.
 
     They depend on nothing else, so weights that multiply the same input share one of these, and so do all specs.
-    `read` gives it, fp32 or fp64 [cols, cols]; only factors are kept, once they have been asked for.
+    `read` gives it, fp32 or fp64 [cols, cols]; only factors and the diagonal are kept, once
+    they have been asked for.
     """
 
     def __init__(self, read: Callable[[], Tensor]) -> None:
         self.read = read
         self._factors: dict[int, Tensor] = {}  # by Hadamard block
+        self._diagonal: Tensor | None = None
+
+    @classmethod
+    def given(cls, hessian: Tensor | Hessian | None, stage: str) -> Hessian:
+        """What was given to a stage that needs it; raises QuantizationError where that is none."""
+        if hessian is None:
+            raise QuantizationError(f"{stage} needs the Hessian of the layer's inputs, and got none")
+        return hessian if isinstance(hessian, Hessian) else cls(lambda: hessian)
+
+    def diagonal(self, cols: int) -> Tensor:
+        """[cols], the mean of the squared inputs. Raises QuantizationError where the Hessian is not [cols, cols]."""
+        if self._diagonal is None:
+            self._diagonal = _of_shape(self.read(), cols).diagonal().clone()
+        return self._diagonal
 
     def factor(self, cols: int, hadamard_block: int) -> Tensor:
         """As `inverse_cholesky_factor`, for rows of `cols` rotated in such blocks; 0 is not rotated.
@@ -47,18 +62,22 @@ class Hessian:
         Raises QuantizationError where the Hessian is not [cols, cols], not finite or not symmetric.
         """
         if hadamard_block not in self._factors:
-            hessian = _checked(self.read(), cols)
+            hessian = _checked(_of_shape(self.read(), cols))
             if hadamard_block:
                 hessian = hadamard.rotate(hadamard.rotate(hessian, hadamard_block).T, hadamard_block)
             self._factors[hadamard_block] = inverse_cholesky_factor(hessian)
         return self._factors[hadamard_block]
 
 
-def _checked(hessian: Tensor, cols: int) -> Tensor:
+def _of_shape(hessian: Tensor, cols: int) -> Tensor:
     if hessian.shape != (cols, cols):
         raise QuantizationError(
             f"the Hessian has the shape {list(hessian.shape)}; rows of {cols} weights need {[cols, cols]}"
         )
+    return hessian
+
+
+def _checked(hessian: Tensor) -> Tensor:
     least, largest = hessian.aminmax()
     if not (least.isfinite() and largest.isfinite()):
         raise QuantizationError("the Hessian holds NaN or infinity")

@@ -69,7 +69,7 @@ class GroupedFormat(Format):
         (_, packed_shape), (_, scale_shape) = self.layout(spec, (rows, cols)).values()
         packed = torch.empty(packed_shape, dtype=torch.uint8, device=weight.device)
         scale = torch.empty(scale_shape, dtype=SCALE_DTYPE, device=weight.device)
-        factor = _factor(spec, hessian, cols) if spec.gptq else None
+        factor = Hessian.given(hessian, "gptq").factor(cols, spec.hadamard_block) if spec.gptq else None
         for chunk in row_chunks(rows, cols, _CHUNK if factor is None else _COMPENSATED_ROWS * cols):
             values = weight[chunk].float().contiguous()
             check_finite(values, chunk.start)
@@ -153,24 +153,17 @@ class GroupedMatrix:
         return decoded
 
     def matmul(self, x: Tensor, activations: str = "fp32") -> Tensor:
-        """As `StoredMatrix.matmul`; it rotates x, never the matrix back.
-
-        From the packed bytes where there is a kernel, which `computed_by` names; fp64, empty ones and gradients are
-        for the reference, which knows no int8 activations.
-        """
-        if self._has_matmul and x.numel() and x.dtype is not torch.float64 and not x.requires_grad:
-            assert self._kernels is not None
-            return self._kernels.matmul(x, activations)
+        """As `StoredMatrix.matmul`, by a kernel where there is one; it rotates x, never the matrix back."""
+        product = backends.product(self._kernels, x, activations)
+        if product is not None:
+            return product
         if self.spec.hadamard_block:
             x = hadamard.rotate(x, self.spec.hadamard_block, self.backend)
         products = (torch.nn.functional.linear(x, values.to(x.dtype)) for _, values in self._decoded_chunks())
         return torch.cat(list(products), -1)
 
     def computed_by(self, activations: str = "fp32") -> str:
-        if not self._has_matmul:
-            return backends.REFERENCE
-        assert self._kernels is not None
-        return f"{self._kernels.isa}, {activations} activations"
+        return backends.computed_by(self._kernels, activations)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"packed": self.packed, "scale": self.scale}
@@ -188,10 +181,6 @@ class GroupedMatrix:
         if kernels is None or rule is None:
             return None
         return kernels(rule, self.packed, self.scale, self.cols, _rotation(self.spec, self.cols), self.backend)
-
-    @property
-    def _has_matmul(self) -> bool:
-        return self._kernels is not None and self._kernels.has_matmul and self.shape[0] > 0
 
     def _decoded_chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """The matrix, fp32, some rows at a time, and still rotated."""
@@ -216,10 +205,3 @@ def resolved(spec: WeightSpec, cols: int) -> WeightSpec:
 def _rotation(spec: WeightSpec, cols: int) -> Rotation | None:
     block = spec.hadamard_block
     return hadamard.rotation(cols, block) if block else None
-
-
-def _factor(spec: WeightSpec, hessian: Tensor | Hessian | None, cols: int) -> Tensor:
-    if hessian is None:
-        raise QuantizationError("gptq needs the Hessian of the layer's inputs, and got none")
-    shared = hessian if isinstance(hessian, Hessian) else Hessian(lambda: hessian)
-    return shared.factor(cols, spec.hadamard_block)

@@ -141,8 +141,8 @@ class PolicySpec:
 
     @property
     def needs_hessians(self) -> bool:
-        """Whether a spec compensates errors, for which it needs the Hessians of the layers' inputs."""
-        return any(spec.gptq for _, spec in self.weights)
+        """Whether a spec is fitted to the inputs of the layers, for which it needs their Hessians."""
+        return any(spec.needs_hessian for _, spec in self.weights)
 
     def renamed(self, name: str) -> PolicySpec:
         """The same under another name."""

@@ -16,11 +16,12 @@ _NUMBER = "[1-9][0-9]{0,8}"
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """`FORMAT[-gGROUP][+hadBLOCK][+gptq]`: a storage format and its options.
+    """`FORMAT[-gGROUP][+hadBLOCK][+gptq]`, or `FORMAT[+imatrix]` of blocks: a storage format and its options.
 
     `group_size` is how many weights of a row share a scale; None is one scale a row. `hadamard_block` is the block of
     the Hadamard transform that rotates rows before they are quantized; 0 is no rotation. `gptq` compensates the error
-    of a column in the columns that follow. Formats of blocks, which are ggml's types, and bf16 have no options.
+    of a column in the columns that follow. `imatrix` is for formats of blocks, which are ggml's types: squared errors
+    count as much as the inputs of their columns do, an importance matrix. bf16 has no options.
 
     Raises SpecError for an unknown format and for options that it cannot have.
     """
@@ -29,6 +30,7 @@ class WeightSpec:
     group_size: int | None = None
     hadamard_block: int = 0
     gptq: bool = False
+    imatrix: bool = False
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -36,6 +38,8 @@ class WeightSpec:
         if not self.info.has_groups and (self.group_size is not None or self.hadamard_block or self.gptq):
             how = "values as they are" if self.info.is_plain else f"blocks of {self.info.block_size} weights"
             raise SpecError(f"{self.format} stores {how}: it takes no group, Hadamard block or gptq")
+        if self.imatrix and not self.info.block_nbytes:
+            raise SpecError(f"{self.format} has no blocks, which alone are fitted with an importance matrix (+imatrix)")
         if self.group_size is not None and self.group_size < 1:
             raise SpecError(f"the group size is {self.group_size}; expected 1 or more")
         if self.hadamard_block.bit_count() > 1 or not 0 <= self.hadamard_block <= MAX_HADAMARD_BLOCK:
@@ -51,13 +55,15 @@ class WeightSpec:
         group = take(options, f"g({_NUMBER})")
         block = take(stages, f"had({_NUMBER})")
         gptq = take(stages, "(gptq)")
-        refuse_rest(text, format_name, options, ["gGROUP"], stages, ["hadBLOCK", "gptq"])
-        return cls(format_name, int(group) if group else None, int(block) if block else 0, gptq is not None)
+        imatrix = take(stages, "(imatrix)")
+        refuse_rest(text, format_name, options, ["gGROUP"], stages, ["hadBLOCK", "gptq", "imatrix"])
+        sizes = int(group) if group else None, int(block) if block else 0
+        return cls(format_name, *sizes, gptq is not None, imatrix is not None)
 
     def __str__(self) -> str:
         group = "" if self.group_size is None else f"-g{self.group_size}"
         rotated = f"+had{self.hadamard_block}" if self.hadamard_block else ""
-        return self.format + group + rotated + ("+gptq" if self.gptq else "")
+        return self.format + group + rotated + "+gptq" * self.gptq + "+imatrix" * self.imatrix
 
     @property
     def info(self) -> FormatInfo:
@@ -65,9 +71,14 @@ class WeightSpec:
         return FORMATS[self.format]
 
     @property
-    def without_gptq(self) -> WeightSpec:
+    def needs_hessian(self) -> bool:
+        """Whether it is fitted to the inputs of the layer, for which it needs their Hessian."""
+        return self.gptq or self.imatrix
+
+    @property
+    def without_hessian(self) -> WeightSpec:
         """The same storage, rounded plainly: as many bytes, and no Hessian needed."""
-        return replace(self, gptq=False)
+        return replace(self, gptq=False, imatrix=False)
 
     @property
     def without_group(self) -> WeightSpec:

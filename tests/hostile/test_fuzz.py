@@ -42,6 +42,7 @@ _POLICIES = ("mlp=int4,mlp.down_proj@3+7-9=int8,kv=int8,ple=lru:50", "embedding=
 _SPECS = (
     (WeightSpec, "int4-g128+had256+gptq"),
     (WeightSpec, "affine3-g64"),
+    (WeightSpec, "q4_k+imatrix"),
     (PLESpec, "static+lru:500"),
     (KVSpec, "k=int4-b64/v=int4"),
     (KVSpec, "int4/full.k.unrotated=int3-b64+center32+pca8-int5+unbiased/residual=32/full.sinks=4"),
@@ -52,6 +53,7 @@ REFUSED = 2
 # Words of the grammars, one of which stands where another was.
 _WORDS = (
     *("int2", "int8", "ternary", "affine3", "codebook2", "bf16", "absmax4", "absmax3-packed", "gptq", "had32", "had3"),
+    *("q4_k", "imatrix"),
     *("center8", "pca4-int4", "clip10", "unbiased", "residual=4", "sinks=1", "full.", "sliding.", "rotated", "k", "v"),
     *("mlp", "embedding", "ple_table", "kv", "ple", "lru:5", "static:0", "w-lrfu:9", "all", "g64", "b32"),
     *("0", "1", "3-1", "11", "42", "128", "nbytes", "subject", "policy", "+5%", "1e999", "nan", "2ms", "-1"),

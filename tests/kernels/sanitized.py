@@ -6,6 +6,8 @@ What codes stand for is worked out here anew, from the bits.
 import numpy as np
 from exact import Exact, bits_of, hadamard, row_nbytes, run
 
+# Columns and bytes of a block, and columns that share a scale, of ggml's types.
+BLOCKS = {"q8_0": (32, 34, 32), "q6_k": (256, 210, 16), "q4_k": (256, 144, 32)}
 CODINGS = ("bits2", "bits3", "bits4", "bits8", "trits")
 THREADS = (1, 2, 5)
 
@@ -53,9 +55,57 @@ def check(native, isa, coding, rows, cols, groups, tokens, table, rng):
             assert error <= bound * size, (isa, coding, rows, cols, groups, tokens, table, int8, error / size)
 
 
+def decoded(blocks, coding):
+    """Weights [..., codes of a block] of blocks [..., bytes]."""
+    start = {"q8_0": 0, "q6_k": 208, "q4_k": 0}[coding]
+    scale = blocks[..., start : start + 4].copy().view(np.float16).astype(float)
+    if coding == "q8_0":
+        return scale[..., :1] * blocks[..., 2:].view(np.int8)
+    if coding == "q6_k":
+        halves = blocks[..., :128].reshape(*blocks.shape[:-1], 2, 1, 64) >> np.array([[0], [4]]) & 15
+        quarters = blocks[..., 128:192].reshape(*blocks.shape[:-1], 2, 1, 32) >> np.array([[0], [2], [4], [6]]) & 3
+        codes = halves.reshape(*blocks.shape[:-1], 256) + 16 * quarters.reshape(*blocks.shape[:-1], 256) - 32
+        return scale[..., :1] * np.repeat(blocks[..., 192:208].view(np.int8), 16, axis=-1) * codes
+    bits = np.unpackbits(blocks[..., 4:16], axis=-1, bitorder="little").reshape(*blocks.shape[:-1], 3, 4, 8)
+    first, rest = bits[..., :2, :, :6], bits[..., 2, :, :].reshape(*blocks.shape[:-1], 4, 2, 4).swapaxes(-3, -2)
+    last = np.concatenate([rest, bits[..., :2, :, 6:]], axis=-1)
+    scales, minima = np.moveaxis((np.concatenate([first, last], -2) << np.arange(6)).sum(-1), -2, 0)
+    codes = blocks[..., 16:].reshape(*blocks.shape[:-1], 4, 1, 32) >> np.array([[0], [4]]) & 15
+    weights = (scale[..., :1] * scales)[..., None] * codes.reshape(*blocks.shape[:-1], 8, 32)
+    return (weights - (scale[..., 1:2] * minima)[..., None]).reshape(*blocks.shape[:-1], 256)
+
+
+def check_blocks(native, isa, coding, rows, blocks, tokens, rng):
+    block_cols, nbytes, group_cols = BLOCKS[coding]
+    cols, levels = block_cols * blocks, {"q8_0": range(-128, 128), "q6_k": range(-32, 32), "q4_k": range(16)}[coding]
+    values = rng.integers(0, 256, (rows, blocks, nbytes), dtype=np.uint8)
+    for at in {"q8_0": (0,), "q6_k": (208,), "q4_k": (0, 2)}[coding]:
+        values[..., at : at + 2] = rng.standard_normal((rows, blocks)).astype(np.float16)[..., None].view(np.uint8)
+    packed, x = Exact(values), Exact(rng.standard_normal((tokens, cols)).astype(np.float32))
+    stored = native.Format(coding, list(levels), 0, 0.0, 0.0, 0.0, False)
+    assert (stored.block_cols, stored.group_cols, stored.row_nbytes(cols)) == (block_cols, group_cols, blocks * nbytes)
+    matrix = native.Matrix(isa, stored, 0, 0, rows, cols, cols // group_cols, packed.address, 0)
+    weight = decoded(values, coding).reshape(rows, cols)
+    size = np.linalg.norm(x.values) * np.linalg.norm(weight) / min(cols, 64) ** 0.5
+    for threads in THREADS:
+        row_values = Exact(np.full((rows, cols), np.nan, np.float32))
+        matrix.dequantize(0, row_values.address, False, threads)
+        assert np.allclose(row_values.values, weight, rtol=1e-6, atol=1e-6 * np.abs(weight).max())
+        for int8, bound in ((False, 1e-5), (True, 0.1)):
+            out = Exact(np.full((tokens, rows), np.nan, np.float32))
+            matrix.matmul(x.address, tokens, out.address, int8, threads)
+            error = np.linalg.norm(out.values - x.values.astype(float) @ weight.T)
+            assert error <= bound * size, (isa, coding, rows, blocks, tokens, int8, error / size)
+
+
 def check_all(native, rng):
     checked = 0
     for isa in native.isas():
+        for coding in BLOCKS:
+            for blocks in (1, 2, 3, 10, 33):
+                for rows, tokens in ((1, 1), (3, 2), (17, 5), (5, 50), (700, 1)):
+                    check_blocks(native, isa, coding, rows, blocks, tokens, rng)
+                    checked += 1
         for coding in CODINGS:
             for table in (False, True) if coding in ("bits2", "bits3", "bits4") else (False,):
                 for cols in (1, 2, 31, 33, 127, 320, 641, 2561):

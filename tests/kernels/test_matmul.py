@@ -4,6 +4,7 @@ import math
 import pickle
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from epic_quant import kernels
 from epic_quant.errors import KernelError
 from epic_quant.kernels.matrix import Format, NativeMatrix, Rotation
-from epic_quant.quant import format_named, hadamard, linear, quantize
+from epic_quant.quant import format_named, from_tensors, hadamard, linear, quantize
 from epic_quant.spec import FORMATS, WeightSpec
 
 parse = WeightSpec.parse
@@ -23,12 +24,21 @@ GROUPS = ("", "-g16", "-g32", "-g64", "-g80", "-g128", "-g160", "-g384", "-g10")
 CODINGS = {"bits2", "bits3", "bits4", "bits8", "trits"}
 RULES = {name: format_named(name).rule for name, info in FORMATS.items() if info.has_groups}
 KNOWN = [name for name, rule in RULES.items() if rule is not None and rule.coding in CODINGS]
-SPECS = [f"{name}{group}" for name in KNOWN for group in GROUPS]
+# ggml's types that kernels know, whose blocks hold their scales.
+BLOCKS = {name: Format(name, format_named(name).levels.values) for name in ("q8_0", "q6_k", "q4_k")}
+SPECS = [*(f"{name}{group}" for name in KNOWN for group in GROUPS), *BLOCKS]
 ISAS = kernels.isas()[:-1]
+
+
+def no_scales(rows):
+    return torch.empty(rows, 0, dtype=torch.float16)
 
 
 def matrix_of(quantized, isa):
     chosen = quantized.spec
+    if chosen.format in BLOCKS:
+        rows, cols = quantized.shape
+        return NativeMatrix(BLOCKS[chosen.format], quantized.blocks, no_scales(rows), cols, isa=isa)
     block = chosen.hadamard_block
     rotation = hadamard.rotation(quantized.cols, block) if block else None
     return NativeMatrix(RULES[chosen.format], quantized.packed, quantized.scale, quantized.cols, rotation, isa)
@@ -36,9 +46,9 @@ def matrix_of(quantized, isa):
 
 def error(product, x, quantized):
     """‖product - x Wᵀ‖ over what it is for x and W without direction, ‖x‖ ‖W‖ / √cols."""
-    weight = quantized.dequantize(torch.float64)
+    weight = replace(quantized, backend=kernels.REFERENCE).dequantize(torch.float64)
     expected = x.double() @ weight.T
-    size = x.double().norm() * weight.norm() / math.sqrt(quantized.cols)
+    size = x.double().norm() * weight.norm() / math.sqrt(quantized.shape[1])
     return float((product.double() - expected).norm() / size) if size else float((product - expected).abs().max())
 
 
@@ -54,8 +64,8 @@ def error(product, x, quantized):
 )
 def test_products_are_those_of_decoded_weights(spec, activations, rows, groups, cols, tokens, seed):
     chosen = parse(spec)
-    if chosen.group_size:
-        cols = groups * chosen.group_size
+    if chosen.group_size or chosen.format in BLOCKS:
+        cols = groups * (chosen.group_size or chosen.info.block_size)
     generator = torch.Generator().manual_seed(seed)
     quantized = quantize(torch.randn(rows, cols, generator=generator), chosen)
     x = torch.randn(tokens, cols, generator=generator)
@@ -84,7 +94,9 @@ def test_activations_are_rotated_as_the_rows_are(isa, spec, cols, tokens):
     assert torch.equal(x, given)
 
 
-@pytest.mark.parametrize("spec", ["int4-g128", "int3", "int8-g32", "ternary", "codebook3-g128", "absmax3-packed"])
+@pytest.mark.parametrize(
+    "spec", ["int4-g128", "int3", "int8-g32", "ternary", "codebook3-g128", "absmax3-packed", *BLOCKS]
+)
 def test_int8_activations_cost_less_than_a_hundredth(isa, spec):
     generator = torch.Generator().manual_seed(0)
     quantized = quantize(torch.randn(512, 2560, generator=generator), parse(spec))
@@ -109,10 +121,39 @@ def test_codes_at_both_ends_do_not_overflow(isa, activations):
                     torch.testing.assert_close(product.double(), expected, rtol=2e-6, atol=1e-6)
 
 
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    data=st.data(),
+    blocks=st.integers(1, 9),
+    rows=st.sampled_from([1, 4, 19]),
+    tokens=st.sampled_from([1, 2, 5, 17]),
+    seed=st.integers(0, 1000),
+)
+@pytest.mark.parametrize("activations", ["fp32", "int8"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_any_blocks_multiply_as_they_decode(name, activations, data, blocks, rows, tokens, seed):
+    """Any codes and multiples of scales, those at the ends more often, with scales that are finite."""
+    info, rng = FORMATS[name], np.random.default_rng(seed)
+    drawn = rng.integers(0, 256, (rows, blocks, info.block_nbytes), dtype=np.uint8)
+    byte = st.sampled_from([0x00, 0x7F, 0x80, 0xFF, 0xF0, 0x3F])
+    for row in range(0, rows, 2):
+        drawn[row, :, data.draw(st.integers(0, 207)) :] = data.draw(byte)
+    for at in {"q8_0": [0], "q6_k": [208], "q4_k": [0, 2]}[name]:
+        scales = (rng.standard_normal((rows, blocks)) * 0.01).astype(np.float16)
+        drawn[:, :, at : at + 2] = scales[..., None].view(np.uint8)
+    shape = rows, blocks * info.block_size
+    quantized = from_tensors(parse(name), {"blocks": torch.from_numpy(drawn.reshape(rows, -1))}, shape)
+    x = torch.from_numpy(rng.integers(-127, 128, (tokens, shape[1]))).float()
+    x[:, ::2] = 127
+    for isa in ISAS:
+        assert error(matrix_of(quantized, isa).matmul(x, activations), x, quantized) < 1e-5
+
+
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("activations", ["fp32", "int8"])
-def test_zeros_tiny_numbers_outliers_and_nan(isa, activations, tokens):
-    quantized = quantize(torch.randn(9, 256, generator=torch.Generator().manual_seed(0)), parse("int4-g64"))
+@pytest.mark.parametrize("spec", ["int4-g64", *BLOCKS])
+def test_zeros_tiny_numbers_outliers_and_nan(isa, spec, activations, tokens):
+    quantized = quantize(torch.randn(9, 256, generator=torch.Generator().manual_seed(0)), parse(spec))
     matrix = matrix_of(quantized, isa)
     assert torch.equal(matrix.matmul(torch.zeros(tokens, 256), activations), torch.zeros(tokens, 9))
     x = torch.randn(tokens, 256, generator=torch.Generator().manual_seed(1))
@@ -128,9 +169,10 @@ def test_zeros_tiny_numbers_outliers_and_nan(isa, activations, tokens):
         assert product[1:].isfinite().all()
 
 
-def test_the_numbers_do_not_depend_on_threads_or_on_other_rows(isa):
+@pytest.mark.parametrize("spec", ["int4-g128", *BLOCKS])
+def test_the_numbers_do_not_depend_on_threads_or_on_other_rows(isa, spec):
     """A row's product is the same alone, among others, and on one thread."""
-    quantized = quantize(torch.randn(999, 256, generator=torch.Generator().manual_seed(0)), parse("int4-g128"))
+    quantized = quantize(torch.randn(999, 256, generator=torch.Generator().manual_seed(0)), parse(spec))
     x = torch.randn(1, 256, generator=torch.Generator().manual_seed(1))
     together = matrix_of(quantized, isa).matmul(x)
     torch.set_num_threads(1)
@@ -199,6 +241,27 @@ BAD = {
     "a table of five": ({"format": replace(INT4, levels=(0, 1, 2, 3, 5), rounding="table")}, "a table of 5 levels"),
     "a table from -128": ({"format": replace(INT4, levels=(-128, 0, 1, 2), rounding="table")}, "levels from -128"),
     "int8 from elsewhere": ({"format": Format("bits8", (0, 1))}, "levels of bits8 are from 0 on, expected -128"),
+    "scales beside blocks": (
+        {"format": BLOCKS["q4_k"], "packed": torch.zeros(4, 144, dtype=torch.uint8), "cols": 256},
+        "1 scales a row for rows of 256 in q4_k, expected none beside blocks of 256",
+    ),
+    "a part of a block": (
+        {
+            "format": BLOCKS["q6_k"],
+            "packed": torch.zeros(4, 210, dtype=torch.uint8),
+            "scale": no_scales(4),
+            "cols": 384,
+        },
+        "0 scales a row for rows of 384 in q6_k, expected none beside blocks of 256",
+    ),
+    "too few bytes of blocks": (
+        {"format": BLOCKS["q8_0"], "scale": no_scales(4)},
+        "packed is torch.uint8 \\[4, 32\\], expected .* 68",
+    ),
+    "a table of blocks": (
+        {"format": replace(BLOCKS["q4_k"], levels=(0, 1, 2, 4), rounding="table")},
+        "a table of 4 levels",
+    ),
     "unknown isa": ({"isa": "avx3"}, "no kernels for 'avx3'; this machine has"),
     "another block": ({"rotation": Rotation(128, torch.ones(64))}, "a block of 128 does not divide rows of 64"),
     "other signs": ({"rotation": Rotation(64, torch.ones(63))}, "the signs do not fit rows of 64"),
@@ -250,6 +313,11 @@ def test_a_coding_without_kernels_for_products_is_refused(isa):
     assert not matrix.has_matmul
     with pytest.raises(KernelError, match="no kernel multiplies by codes as bits5"):
         matrix.matmul(torch.zeros(2, 64))
+
+
+def test_no_kernel_quantizes_to_blocks(isa):
+    with pytest.raises(KernelError, match="no kernel quantizes to q4_k"):
+        NativeMatrix.quantize(BLOCKS["q4_k"], torch.ones(2, 256), 32, isa=isa)
 
 
 def test_unknown_activations_are_refused(isa):

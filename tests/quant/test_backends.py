@@ -7,8 +7,8 @@ import torch
 
 from epic_quant.errors import KernelError
 from epic_quant.kernels import isas
-from epic_quant.quant import backends, format_named, hadamard, linear
-from epic_quant.spec import FORMATS
+from epic_quant.quant import backends, format_named, from_tensors, hadamard, linear
+from epic_quant.spec import FORMATS, WeightSpec
 
 from .conftest import same_tensors, stored
 
@@ -54,4 +54,23 @@ def test_a_backend_that_is_not_here_is_refused():
 
 def test_the_formats_with_kernels_in_memory_are_those_that_have_a_rule():
     rules = {name for name, info in FORMATS.items() if info.has_groups and format_named(name).rule is not None}
-    assert {name for name, device in backends.BACKENDS if device == "cpu"} == rules
+    found = {name for name, device in backends.BACKENDS if device == "cpu"}
+    assert found - {"q8_0", "q6_k", "q4_k"} == rules
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["q8_0", "q6_k", "q4_k"])
+def test_any_bytes_decode_to_the_same_bits(name, dtype, backend):
+    """Scales that are infinite or NaN among them."""
+    nbytes = 4 * FORMATS[name].block_nbytes
+    blocks = torch.randint(0, 256, (2000, nbytes), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    blocks[:100] |= 0x7C
+    expected, found = (
+        from_tensors(
+            WeightSpec(name), {"blocks": blocks}, (2000, 4 * FORMATS[name].block_size), backend=one
+        ).dequantize(dtype)
+        for one in ("reference", backend)
+    )
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))

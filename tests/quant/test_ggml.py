@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 
 from epic_quant.errors import QuantizationError
 from epic_quant.metrics import relative_l2
-from epic_quant.quant import format_named
+from epic_quant.quant import format_named, from_tensors
 from epic_quant.spec import FORMATS, WeightSpec
 
 from .conftest import stored
@@ -105,10 +105,23 @@ def test_bits_and_error_on_a_gaussian(name):
     assert relative_l2(quantized.dequantize(), weight) <= rel_l2
 
 
+# The types that gguf-py encodes, as ggml's own code does without an importance matrix.
+ENCODED_THERE = ["q8_0", "q5_0", "q4_0", "tq1_0", "tq2_0"]
+
+
+@given(weight=arrays(np.float32, (2, 512), elements=st.floats(-1e4, 1e4, width=32)))
+@pytest.mark.parametrize("name", ENCODED_THERE)
+def test_what_gguf_encodes_decodes_as_there(name, weight):
+    with np.errstate(all="ignore"):
+        blocks = gguf_quantize(weight, ggml_type(name))
+    tensors = {"blocks": torch.from_numpy(blocks)}
+    read = from_tensors(WeightSpec(name), tensors, weight.shape)
+    assert_same_bits(read.dequantize().numpy(), gguf_dequantize(blocks, ggml_type(name)))
+
+
 @pytest.mark.parametrize("distribution", DRAWS)
-@pytest.mark.parametrize("name", ["q8_0", "q5_0", "q4_0", "tq1_0", "tq2_0"])
+@pytest.mark.parametrize("name", ENCODED_THERE)
 def test_no_row_is_worse_than_ggmls_own_encoding(name, distribution):
-    """Of the types that gguf-py encodes, as ggml's own code does without an importance matrix."""
     weight = drawn(distribution)
     theirs = torch.from_numpy(gguf_dequantize(gguf_quantize(weight.numpy(), ggml_type(name)), ggml_type(name)))
     ours, theirs = ((decoded - weight).square().sum(1) for decoded in (stored(weight, name).dequantize(), theirs))
@@ -191,6 +204,37 @@ def test_columns_of_more_importance_come_nearer(name):
     for alike in (torch.ones(512), torch.zeros(512)):
         error = codec.decode(codec.encode(weight, alike)) - weight
         assert error.norm().item() == pytest.approx(plain.norm().item(), rel=1e-3)
+
+
+@given(seed=st.integers(0, 2**32 - 1), spread=st.floats(0, 3), zeros=st.floats(0, 1), df=st.floats(1, 30))
+@every_type
+def test_no_block_is_further_by_a_hessian_than_without(name, seed, spread, zeros, df):
+    """By its diagonal: also where it is nearly flat, where the search alone would at times be worse."""
+    rng, cols = np.random.default_rng(seed), 2 * FORMATS[name].block_size
+    inputs = torch.from_numpy(rng.standard_normal((5, cols)) * 10.0 ** rng.normal(0, spread, cols))
+    hessian = inputs.T @ inputs * torch.from_numpy(rng.random(cols) >= zeros)
+    hessian = (hessian + hessian.T) / 2
+    weight = torch.from_numpy(rng.standard_t(df, (3, cols))).float()
+    plain, fitted = (
+        ((stored(weight, spec, hessian).dequantize() - weight).double().square() * hessian.diagonal())
+        .view(-1, FORMATS[name].block_size)
+        .sum(1)
+        for spec in (name, f"{name}+imatrix")
+    )
+    assert (fitted <= plain * (1 + 1e-5)).all()
+
+
+def test_what_importance_comes_from_is_the_diagonal_of_a_hessian():
+    weight, rng = drawn("gaussian", rows=8, cols=512), torch.Generator().manual_seed(1)
+    hessian = torch.diag(10.0 ** torch.randn(512, generator=rng))
+    found = stored(weight, "q4_k+imatrix", hessian)
+    assert str(found.spec) == "q4_k+imatrix"
+    assert torch.equal(found.blocks, format_named("q4_k").encode(weight, hessian.diagonal()))
+    assert found.nbytes == stored(weight, "q4_k").nbytes
+    with pytest.raises(QuantizationError, match="imatrix needs the Hessian of the layer's inputs, and got none"):
+        stored(weight, "q4_k+imatrix")
+    with pytest.raises(QuantizationError, match=r"the Hessian has the shape \[512, 3\]"):
+        stored(weight, "q4_k+imatrix", hessian[:, :3])
 
 
 @pytest.mark.parametrize("importance", [torch.ones(3), -torch.ones(256), torch.full((256,), math.nan)])

@@ -222,9 +222,9 @@ def test_what_people_ask_about_is_told_at_8_and_4_bits_beside_computing_in_bf16(
         "ple_projections": [(8, "int8-g128", True, pytest.approx(3)), (4, "codebook4", False, pytest.approx(2))],
     }
     assert (
-        "ple_projections alone: 8 bits are harmless (`int8-g128` 1.00e-05 nats, 0.500× what computing in bf16 changes, a "
-        "MB saved 3.00× that of other classes); 4 bits are not harmless (`codebook4` 0.00300 nats, 150× what computing "
-        "in bf16 changes, a MB saved 2.00× that of other classes)."
+        "ple_projections alone: 8 bits are harmless (`int8-g128` 1.00e-05 nats, 0.500× what computing in bf16 changes, "
+        "a MB saved 3.00× that of other classes); 4 bits are not harmless (`codebook4` 0.00300 nats, 150× what "
+        "computing in bf16 changes, a MB saved 2.00× that of other classes)."
     ) in section.findings(run)
     assert sensitivity.asked(of(alone("kv_cache", "int8", 1e-5, 0.1))) == {}
 

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from epic_quant.errors import SpecError
 from epic_quant.spec import BF16, KINDS, NAMED, KVSpec, PLESpec, PolicySpec, Target, TensorClass, WeightSpec
 
-specs = st.sampled_from(["bf16", "int4", "int4-g128", "ternary", "absmax4", "absmax3-packed", "int8-g32+gptq"])
+specs = st.sampled_from(
+    ["bf16", "int4", "int4-g128", "ternary", "absmax4", "absmax3-packed", "int8-g32+gptq", "q4_k+imatrix"]
+)
 kvs = st.sampled_from(["bf16", "original", "p-rope", "k=int4-b64/full.v.rotated=int8-g32+had64/residual=5/sinks=1"])
 ples = st.just("all") | st.builds("{}:{}".format, st.sampled_from(["static", "lru"]), st.integers(1, 10**6))
 in_layers = st.sampled_from([tensor_class for tensor_class, kinds in KINDS.items() if kinds])

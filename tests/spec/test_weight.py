@@ -13,6 +13,7 @@ SPECS = [
     "codebook3+had512+gptq",
     "int2-g32+gptq",
     "int4+had1",
+    "q4_k+imatrix",
 ]
 
 
@@ -48,6 +49,11 @@ def test_a_spec_reads_back(spec):
         ("q4_k-g32", "q4_k stores blocks of 256 weights: it takes no group"),
         ("q8_0+had256", "q8_0 stores blocks of 32 weights"),
         ("tq1_0+gptq", "tq1_0 stores blocks of 256 weights"),
+        ("int4+imatrix", "int4 has no blocks"),
+        ("int4+gptq+imatrix", "int4 has no blocks"),
+        ("bf16+imatrix", "bf16 has no blocks"),
+        ("q4_k+imatrix+imatrix", "at most once"),
+        ("q4_k+imatrx", "unknown stage 'imatrx'; did you mean imatrix"),
         ("Q4_K", "unknown format 'Q4_K'; did you mean q4_k"),
     ],
 )

@@ -13,18 +13,20 @@ namespace {
 inline float round_to_even(float x) { return (x + 12582912.0f) - 12582912.0f; }
 
 // [codes] in the order of the row to [num_units, V, stride, 32], every vector at the given place among its `stride`.
-template <int V, class T>
+template <class Kind, class T>
 void interleave(const T* from, std::size_t num_units, std::size_t stride, T* to) {
+  constexpr int V = Kind::V;
   for (std::size_t unit = 0; unit < num_units; ++unit, from += kVector * V, to += kVector * V * stride)
     for (int v = 0; v < V; ++v)
       for (std::size_t half = 0; half < 2; ++half)
         for (std::size_t j = 0; j < 16; ++j)
-          to[v * stride * kVector + half * 16 + j] = from[(half * 16 + j) * V + v];
+          to[v * stride * kVector + half * 16 + j] =
+              from[Kind::has_scales ? v * kVector + half * 16 + j : (half * 16 + j) * V + v];
 }
 
 template <class T>
 void interleave(Coding coding, const T* from, std::size_t num_units, std::size_t stride, T* to) {
-  by_coding(coding, [&](auto kind) { interleave<kind.V>(from, num_units, stride, to); });
+  by_coding(coding, [&](auto kind) { interleave<decltype(kind)>(from, num_units, stride, to); });
 }
 
 // One block of a token in int8 limbs: its scale, scale times the sum of quotients, and the limbs [limbs, padded] of the

@@ -181,6 +181,13 @@ struct Bytes<64> {
 #endif
 #endif
 
+// The size that products of one row use.
+#ifdef EPIC_QUANT_AVX2
+using Vector = Bytes<32>;
+#else
+using Vector = Bytes<16>;
+#endif
+
 // Bits of a where the mask has ones, of b elsewhere.
 template <class B>
 EPIC_QUANT_INLINE B merge(B mask, B a, B b) {

@@ -3,12 +3,14 @@
 //
 // A unit of a row has two halves, each of consecutive bytes of the row, and decodes to V vectors of 32 codes: byte
 // 16 * half + j of vector v is code half * 16 V + j * V + v of the unit, the order in which shifts and masks find them.
-// Activations are laid out in the same order, so that nothing is ever put back.
+// Activations are laid out in the same order, so that nothing is ever put back. Units that hold scales have vectors of
+// consecutive codes, and each of their bytes has those that are a multiple of 32 apart.
 #pragma once
 
 #include <utility>
 
 #include "bytes.h"
+#include "eight.h"
 #include "format.h"
 
 namespace epic_quant {
@@ -21,6 +23,8 @@ constexpr std::size_t kVector = 32;
 //   unpack(from, cols, codes)   the inverse; writes up to seven codes beyond `cols`
 //   decode<L>(in, codes)        for products: V vectors of codes from vectors of bytes, of which L in a row belong
 //                               together (and where a code may cross bytes, those at the same place of all `in`)
+// or, where units hold scales, only decode, whose vectors of bytes begin at `input_at`, and
+//   scales(unit, scales, minima)  those of its groups in fp32; minima only where the coding has them
 template <Coding K>
 struct Codes;
 
@@ -197,12 +201,78 @@ struct Codes<Coding::trits> {
   };
 };
 
+// ---- ggml's types: units that hold scales ----
+
+inline float fp16_at(const std::uint8_t* from) {
+  std::uint16_t bits;
+  std::memcpy(&bits, from, sizeof bits);
+  return from_fp16(bits);
+}
+
+// Signed bytes, as codes from 0 on, after an fp16 scale.
+template <>
+struct Codes<Coding::q8_0> {
+  static constexpr int input_at[] = {2};
+  template <int L, class B>
+  static EPIC_QUANT_INLINE void decode(const B (&in)[1], B (&codes)[1]) {
+    codes[0] = in[0] ^ B::fill(128);
+  }
+  static EPIC_QUANT_INLINE void scales(const std::uint8_t* unit, float* scales, float*) { *scales = fp16_at(unit); }
+};
+
+// The lower four bits of 256 codes, 64 a 32 bytes, the upper two of them, sixteen signed bytes and the fp16 scale that
+// they are multiples of.
+template <>
+struct Codes<Coding::q6_k> {
+  static constexpr int input_at[] = {0, 32, 64, 96, 128, 160};
+  template <int L, class B>
+  static EPIC_QUANT_INLINE void decode(const B (&in)[6], B (&codes)[8]) {
+    EPIC_QUANT_UNROLL for (int v = 0; v < 8; ++v) {
+      const B low = field(in[v / 4 * 2 + v % 2], v % 4 / 2 * 4, 4), high = field(in[4 + v / 4], v % 4 * 2, 2);
+      codes[v] = low | high.up(4);
+    }
+  }
+  static EPIC_QUANT_INLINE void scales(const std::uint8_t* unit, float* scales, float*) {
+    const Eight scale = Eight::of(fp16_at(unit + 208));
+    (Eight::load_int8(unit + 192) * scale).store(scales);
+    (Eight::load_int8(unit + 200) * scale).store(scales + 8);
+  }
+};
+
+// Two fp16 scales, eight multiples of each in six bits, and 256 codes.
+template <>
+struct Codes<Coding::q4_k> {
+  static constexpr int input_at[] = {16, 48, 80, 112};
+  template <int L, class B>
+  static EPIC_QUANT_INLINE void decode(const B (&in)[4], B (&codes)[8]) {
+    EPIC_QUANT_UNROLL for (int v = 0; v < 8; ++v) codes[v] = field(in[v / 2], v % 2 * 4, 4);
+  }
+  // Six bits of the first four, and two of the last four above the half bytes that hold the rest.
+  static EPIC_QUANT_INLINE void scales(const std::uint8_t* unit, float* scales, float* minima) {
+    std::uint32_t first[2], rest;
+    std::memcpy(first, unit + 4, sizeof first);
+    std::memcpy(&rest, unit + 12, sizeof rest);
+    multiples(first[0], rest, fp16_at(unit)).store(scales);
+    multiples(first[1], rest >> 4, fp16_at(unit + 2)).store(minima);
+  }
+
+ private:
+  static EPIC_QUANT_INLINE Eight multiples(std::uint32_t first, std::uint32_t rest, float scale) {
+    const std::uint32_t eight[2] = {first & 0x3F3F3F3F, (rest & 0x0F0F0F0F) | (first >> 2 & 0x30303030)};
+    return Eight::load_int8(eight) * Eight::of(scale);
+  }
+};
+
 // ---- the coding of a matrix, as a type ----
 
 template <Coding K, bool Table = false>
 struct Kind {
   static constexpr Coding coding = K;
   static constexpr int V = row_of(K).num_vectors, unit_nbytes = row_of(K).unit_nbytes;
+  static constexpr int group_codes = row_of(K).group_codes;
+  static constexpr bool has_scales = group_codes > 0, has_minima = row_of(K).has_minima;
+  static constexpr int inputs = unit_nbytes / 32;  // vectors of bytes, of which a block has some bytes more
+  static constexpr bool has_bytes = V && row_of(K).num_bits == 8;
   // Codes stand for signed levels of their own, by a table or as bytes from 128 on, and not for code - zero.
   static constexpr bool has_levels = Table;
 };
@@ -223,9 +293,10 @@ template <class Visit>
 void by_product_kind(const Format& format, Visit&& visit) {
   by_coding(format.coding, [&](auto kind) {
     constexpr Coding K = kind.coding;
-    if constexpr (kind.V && K == Coding::bits8) visit(Kind<K, true>{});
-    if constexpr (kind.V && K == Coding::trits) visit(Kind<K, false>{});
-    if constexpr (kind.V && K != Coding::bits8 && K != Coding::trits)
+    constexpr bool has_tables = kind.V && !kind.has_bytes && !kind.has_scales && K != Coding::trits;
+    if constexpr (kind.has_bytes) visit(Kind<K, true>{});
+    if constexpr (kind.V && !kind.has_bytes && !has_tables) visit(Kind<K, false>{});
+    if constexpr (has_tables)
       format.table_bits ? visit(Kind<K, true>{}) : visit(Kind<K, false>{});
   });
 }
@@ -241,7 +312,7 @@ struct Levels {
   // Levels of a table, or of bytes.
   template <class Kind>
   EPIC_QUANT_INLINE B level(B codes) const {
-    return Kind::coding != Coding::bits8 ? table.look_up(codes) : From128 ? codes : codes ^ B::fill(128);
+    return !Kind::has_bytes ? table.look_up(codes) : From128 ? codes : codes ^ B::fill(128);
   }
   // Of any coding.
   template <class Kind>
@@ -274,12 +345,16 @@ struct Row {
   std::uint8_t tail_[kTailNbytes];
 };
 
-// The codes of a unit, or of half a unit where vectors have 16 bytes.
+// The codes of a unit, or where vectors have 16 bytes those from byte `at` of each vector on.
 template <class Kind, class B>
-EPIC_QUANT_INLINE void decode(const std::uint8_t* unit, B (&codes)[Kind::V]) {
-  constexpr int kInputs = Kind::unit_nbytes / 32;
-  B in[kInputs];
-  EPIC_QUANT_UNROLL for (int i = 0; i < kInputs; ++i) in[i] = B::load_lanes(unit + 16 * i, Kind::unit_nbytes / 2);
+EPIC_QUANT_INLINE void decode(const std::uint8_t* unit, int at, B (&codes)[Kind::V]) {
+  B in[Kind::inputs];
+  EPIC_QUANT_UNROLL for (int i = 0; i < Kind::inputs; ++i) {
+    if constexpr (Kind::has_scales)
+      in[i] = B::load(unit + Codes<Kind::coding>::input_at[i] + at);
+    else
+      in[i] = B::load_lanes(unit + at * Kind::inputs + 16 * i, 16 * Kind::inputs);
+  }
   Codes<Kind::coding>::template decode<16>(in, codes);
 }
 
@@ -288,7 +363,7 @@ template <class Kind, class B, class Of>
 EPIC_QUANT_INLINE void decode_unit(const std::uint8_t* unit, void* to, Of of) {
   EPIC_QUANT_UNROLL for (int at = 0; at < 32; at += B::size) {
     B codes[Kind::V];
-    decode<Kind>(unit + at / 16 * (Kind::unit_nbytes / 2), codes);
+    decode<Kind>(unit, at, codes);
     EPIC_QUANT_UNROLL for (int v = 0; v < Kind::V; ++v)
       of(codes[v]).store(static_cast<std::uint8_t*>(to) + v * 32 + at);
   }

@@ -48,9 +48,10 @@ struct Eight {
     return {_mm256_i32gather_ps(from, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(indices)), 4)};
   }
   EPIC_QUANT_INLINE void store(void* to) const { _mm256_storeu_ps(static_cast<float*>(to), v); }
-  // For finite numbers.
+  // What is NaN stays so.
   EPIC_QUANT_INLINE void store_bf16(void* to) const {
-    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i bits = _mm256_andnot_si256(_mm256_srli_epi32(is_nan, 16), _mm256_castps_si256(v));
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
     const __m256i upper = _mm256_srli_epi32(up, 16);
@@ -256,11 +257,11 @@ struct Eight {
     return each([&](int i) { return from[indices[i]]; });
   }
   EPIC_QUANT_INLINE void store(void* to) const { std::memcpy(to, v, sizeof v); }
-  // For finite numbers.
+  // What is NaN stays so.
   EPIC_QUANT_INLINE void store_bf16(void* to) const {
     std::uint16_t halves[8];
     for (int i = 0; i < 8; ++i) {
-      const std::uint32_t bits = bits_of(v[i]);
+      const std::uint32_t bits = bits_of(v[i]) & (v[i] == v[i] ? 0xFFFFFFFF : 0xFFFF0000);
       halves[i] = static_cast<std::uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
     }
     std::memcpy(to, halves, sizeof halves);

@@ -8,26 +8,35 @@
 namespace epic_quant {
 
 // How codes lie in a row's bytes: `num_bits` each, the lowest bit first, across byte borders; or five base-3 digits a
-// byte, the first as the lowest ("trits", num_bits 0).
-enum class Coding : int { bits1, bits2, bits3, bits4, bits5, bits6, bits7, bits8, trits };
+// byte, the first as the lowest ("trits", num_bits 0). Those of ggml's types lie in blocks that hold scales as well, as
+// epic_quant/quant/ggml/types.py says where.
+enum class Coding : int { bits1, bits2, bits3, bits4, bits5, bits6, bits7, bits8, trits, q8_0, q6_k, q4_k };
 
 // Products read a row a unit at a time: `unit_nbytes` that decode to `num_vectors` vectors of 32 codes. A coding
-// without products has neither. A new coding is a row here and a specialization of Codes in codes.h.
+// without products has neither. Where units are blocks, they hold a scale for every `group_codes` codes; else it is 0.
+// A new coding is a row here and a specialization of Codes in codes.h.
 struct CodingRow {
   const char* name;
-  int num_bits, num_vectors, unit_nbytes;
+  int num_bits, num_vectors, unit_nbytes, group_codes;
+  bool has_minima;  // a weight is scale * code - minimum
+
+  constexpr std::size_t unit_codes() const { return 32 * static_cast<std::size_t>(num_vectors); }
 };
 
 constexpr CodingRow kCodings[] = {
-    {"bits1", 1, 0, 0}, {"bits2", 2, 4, 32}, {"bits3", 3, 8, 96}, {"bits4", 4, 2, 32}, {"bits5", 5, 0, 0},
-    {"bits6", 6, 0, 0}, {"bits7", 7, 0, 0},  {"bits8", 8, 1, 32}, {"trits", 0, 5, 32},
+    {"bits1", 1, 0, 0, 0, false},  {"bits2", 2, 4, 32, 0, false},    {"bits3", 3, 8, 96, 0, false},
+    {"bits4", 4, 2, 32, 0, false}, {"bits5", 5, 0, 0, 0, false},     {"bits6", 6, 0, 0, 0, false},
+    {"bits7", 7, 0, 0, 0, false},  {"bits8", 8, 1, 32, 0, false},    {"trits", 0, 5, 32, 0, false},
+    {"q8_0", 8, 1, 34, 32, false}, {"q6_k", 6, 8, 210, 16, false},   {"q4_k", 4, 8, 144, 32, true},
 };
 constexpr int kNumCodings = sizeof kCodings / sizeof kCodings[0];
 
 constexpr const CodingRow& row_of(Coding coding) { return kCodings[static_cast<int>(coding)]; }
 
 constexpr std::size_t row_nbytes(Coding coding, std::size_t cols) {
-  const auto num_bits = static_cast<std::size_t>(row_of(coding).num_bits);
+  const CodingRow& row = row_of(coding);
+  if (row.group_codes) return cols / row.unit_codes() * static_cast<std::size_t>(row.unit_nbytes);
+  const auto num_bits = static_cast<std::size_t>(row.num_bits);
   return num_bits ? (cols * num_bits + 7) / 8 : (cols + 4) / 5;
 }
 
@@ -63,12 +72,13 @@ enum class Element : int { fp32, bf16, fp16 };
 
 // How a row falls into blocks for products; a block shares a scale of the weights and one of the activations. It is
 // `block_units` units, or half a unit, or a segment, the part of a unit that is in one group. A segment has a whole
-// unit of activations, zeros where it is not.
+// unit of activations, zeros where it is not. Where units hold scales, blocks are vectors and halves of vectors instead.
 enum class Blocks { units, halves, segments };
 
 struct Layout {
   Blocks kind;
   std::size_t num_units, unit_codes, block_units, num_blocks, block_codes;
+  std::size_t block_vectors;   // vectors that a block, or two halves, takes
   std::size_t num_limb_units;  // units of int8 activations that a token has
 
   std::size_t padded_cols() const { return num_units * unit_codes; }
@@ -105,7 +115,7 @@ struct StoredMatrix {
   Rotation rotation;
   std::size_t rows, cols, row_nbytes, num_scales, group_size;
   std::uint8_t* packed;  // [rows, row_nbytes]
-  std::uint16_t* scale;  // [rows, num_scales], fp16
+  std::uint16_t* scale;  // [rows, num_scales], fp16; null where units hold them
   Layout layout;
   Kernels kernels;
 

@@ -37,6 +37,24 @@ inline void expand_scales(const StoredMatrix& matrix, std::size_t row, float* to
   for (; b < blocks; ++b) to[b] = 0;
 }
 
+// The same wherever scales lie, and minima where the coding has them.
+template <class Kind>
+EPIC_QUANT_INLINE void expand_scales(const StoredMatrix& matrix, std::size_t row, float* to, float* minima) {
+  const Layout& layout = matrix.layout;
+  if constexpr (Kind::has_scales) {
+    constexpr std::size_t kGroups = Kind::V * kVector / Kind::group_codes;
+    const std::uint8_t* unit = matrix.packed + row * matrix.row_nbytes;
+    for (std::size_t b = 0; b < layout.num_blocks; b += kGroups, unit += Kind::unit_nbytes)
+      Codes<Kind::coding>::scales(unit, to + b, minima + b);
+    for (std::size_t b = layout.num_blocks; b < layout.padded_blocks(); ++b) {
+      to[b] = 0;
+      if (Kind::has_minima) minima[b] = 0;
+    }
+  } else {
+    expand_scales(matrix, row, to);
+  }
+}
+
 // Rows of which several are decoded at a time: a row's index, which repeats the last one behind the end, whose products
 // are dropped.
 struct Rows {
@@ -47,14 +65,23 @@ struct Rows {
   std::size_t operator[](std::size_t r) const { return first + (r < count ? r : count - 1); }
 };
 
-// The weights of one unit in fp32, exactly as (code - zero) * scale or level * scale.
+// The weights of one unit in fp32, exactly as (code - zero) * scale, level * scale or code * scale - minimum.
 template <class Kind, class B>
 EPIC_QUANT_INLINE void decode_fp32(const Layout& layout, const Levels<B>& levels, const std::uint8_t* packed,
-                                   std::size_t unit, const float* scales, const std::int32_t* groups, float* to) {
+                                   std::size_t unit, const float* scales, const float* minima,
+                                   const std::int32_t* groups, float* to) {
   alignas(32) std::int8_t values[Kind::V * kVector];
   decode_unit<Kind, B>(packed, values, [&](B codes) EPIC_QUANT_INLINE_LAMBDA {
     return levels.template value<Kind>(codes);
   });
+  if constexpr (Kind::has_scales) {
+    for (int at = 0; at < Kind::V * static_cast<int>(kVector); at += 8) {
+      const std::size_t block = (unit * Kind::V * kVector + at) / Kind::group_codes;
+      const Eight weights = Eight::load_int8(values + at) * Eight::of(scales[block]);
+      (Kind::has_minima ? weights - Eight::of(minima[block]) : weights).store(to + at);
+    }
+    return;
+  }
   const bool halves = layout.kind == Blocks::halves, segments = layout.kind == Blocks::segments;
   const Eight low = Eight::of(segments ? 0 : scales[halves ? 2 * unit : unit / layout.block_units]);
   const Eight high = halves ? Eight::of(scales[2 * unit + 1]) : low;
@@ -83,7 +110,8 @@ void gemm_fp32(const Product& product, std::size_t begin, std::size_t end, void*
   // The group of every code of a tile, where those of a unit differ; the last one's behind the row.
   std::int32_t groups[kTileUnits * kUnitCodes];
   float* scales = static_cast<float*>(scratch);
-  float* tile = scales + kRows * ((scale_stride + 15) / 16 * 16);
+  float* minima = scales + kRows * ((scale_stride + 15) / 16 * 16);
+  float* tile = Kind::has_minima ? minima + (minima - scales) : minima;
   float* sums = tile + kRows * kTileUnits * kUnitCodes;
   for (std::size_t first = begin; first < end; first += kRows) {
     const Rows rows(first, end, kRows);
@@ -92,7 +120,7 @@ void gemm_fp32(const Product& product, std::size_t begin, std::size_t end, void*
         for (std::size_t s = 0; s < matrix.num_scales; ++s)
           scales[r * scale_stride + s] = from_fp16(matrix.scale[rows[r] * matrix.num_scales + s]);
       else
-        expand_scales(matrix, rows[r], scales + r * scale_stride);
+        expand_scales<Kind>(matrix, rows[r], scales + r * scale_stride, minima + r * scale_stride);
     }
     for (std::size_t token = 0; token < product.tokens; token += kTokens) {
       const std::size_t tokens = product.tokens - token < kTokens ? product.tokens - token : kTokens;
@@ -113,8 +141,8 @@ void gemm_fp32(const Product& product, std::size_t begin, std::size_t end, void*
             // The next rows' bytes come from memory while these are multiplied.
             for (int line = 0; line < Kind::unit_nbytes && token == 0; line += 64)
               EPIC_QUANT_PREFETCH(own + kRows * matrix.row_nbytes + line);
-            decode_fp32<Kind>(layout, levels, own, unit + u, scales + r * scale_stride, groups + u * kUnitCodes,
-                              tile + r * codes + u * kUnitCodes);
+            decode_fp32<Kind>(layout, levels, own, unit + u, scales + r * scale_stride, minima + r * scale_stride,
+                              groups + u * kUnitCodes, tile + r * codes + u * kUnitCodes);
           }
         }
         const float* x = product.x_values + token * padded + unit * kUnitCodes;

@@ -1,9 +1,9 @@
 // Products in AVX2, and with VNNI where a file that includes this defines EPIC_QUANT_AVX512.
 //
 // Codes are multiplied as the bytes that they are: `maddubs` takes 32 unsigned codes and 32 int8 limbs of activations
-// to 16 sums of pairs, `dpbusd` to 8 sums of four. That codes stand for code - zero is made good once a row, by the
-// sums of activations. Codes that look up signed levels go by magnitude, their sign given to the limbs; or with VNNI,
-// whose sums are wide enough for it, by their level + 128, as codes whose zero is 128.
+// to 16 sums of pairs, `dpbusd` to 8 sums of four. That codes stand for code - zero, or scale * code - minimum, is made
+// good once a row, by the sums of activations. Codes that look up signed levels go by magnitude, their sign given to the
+// limbs; or with VNNI, whose sums are wide enough for it, by their level + 128, as codes whose zero is 128.
 #pragma once
 
 #include "gemm.h"
@@ -55,15 +55,21 @@ void gemv(const Product& product, std::size_t begin, std::size_t end, void* scra
   const std::size_t whole_units = matrix.row_nbytes / kUnit / block_units * block_units;
   const float minus_zero = kBySign ? 0.0f : static_cast<float>(Kind::has_levels ? -128 : -matrix.format.zero);
   float* const combined = static_cast<float*>(scratch);
+  float* const minima = combined + blocks;
   for (std::size_t row = begin; row < end; ++row) {
-    expand_scales(matrix, row, combined);
-    __m256 sum = _mm256_setzero_ps();
+    expand_scales<Kind>(matrix, row, combined, minima);
+    // Several where vectors have scales of their own, since one would wait for itself.
+    constexpr int kSums = Kind::has_scales && V > 1 ? 4 : 1;
+    __m256 sums[kSums];
+    EPIC_QUANT_UNROLL for (int i = 0; i < kSums; ++i) sums[i] = _mm256_setzero_ps();
+    __m256& sum = sums[0];
     for (std::size_t b = 0; b < blocks; b += 8) {
       const __m256 scale = _mm256_loadu_ps(combined + b);
       _mm256_storeu_ps(combined + b, _mm256_mul_ps(scale, _mm256_loadu_ps(product.x_scale + b)));
-      if (!kBySign) sum = _mm256_fmadd_ps(scale, _mm256_loadu_ps(product.x_sum + b), sum);
+      const __m256 subtracted = Kind::has_minima ? _mm256_loadu_ps(minima + b) : scale;
+      if (!kBySign) sum = _mm256_fmadd_ps(subtracted, _mm256_loadu_ps(product.x_sum + b), sum);
     }
-    sum = _mm256_mul_ps(sum, _mm256_set1_ps(minus_zero));
+    sum = _mm256_mul_ps(sum, _mm256_set1_ps(Kind::has_minima ? -1.0f : minus_zero));
 
     const std::int8_t* x = product.x_limbs;
     Segment segment;
@@ -72,14 +78,15 @@ void gemv(const Product& product, std::size_t begin, std::size_t end, void* scra
     const auto clear = [&]() EPIC_QUANT_INLINE_LAMBDA {
       EPIC_QUANT_UNROLL for (int limb = 0; limb < Limbs; ++limb) total[limb] = _mm256_setzero_si256();
     };
-    const auto multiply = [&](const Bytes<32>(&codes)[V]) EPIC_QUANT_INLINE_LAMBDA {
-      EPIC_QUANT_UNROLL for (int v = 0; v < V; ++v) {
-        const __m256i code = (Kind::has_levels ? levels.template level<Kind>(codes[v]) : codes[v]).v;
-        EPIC_QUANT_UNROLL for (int limb = 0; limb < Limbs; ++limb, x += kVector)
-          total[limb] = (kBySign ? add_signed_products : add_products)(total[limb], code, load(x));
-      }
+    const auto multiply_vector = [&](Bytes<32> codes) EPIC_QUANT_INLINE_LAMBDA {
+      const __m256i code = (Kind::has_levels ? levels.template level<Kind>(codes) : codes).v;
+      EPIC_QUANT_UNROLL for (int limb = 0; limb < Limbs; ++limb, x += kVector)
+        total[limb] = (kBySign ? add_signed_products : add_products)(total[limb], code, load(x));
     };
-    const auto scale = [&]() EPIC_QUANT_INLINE_LAMBDA {
+    const auto multiply = [&](const Bytes<32>(&codes)[V]) EPIC_QUANT_INLINE_LAMBDA {
+      EPIC_QUANT_UNROLL for (int v = 0; v < V; ++v) multiply_vector(codes[v]);
+    };
+    const auto scale = [&](__m256& sum) EPIC_QUANT_INLINE_LAMBDA {
       if (!kBySign) {
         EPIC_QUANT_UNROLL for (int limb = 0; limb < Limbs; ++limb) total[limb] = sums_of(total[limb]);
       }
@@ -90,33 +97,43 @@ void gemv(const Product& product, std::size_t begin, std::size_t end, void* scra
     };
     const auto block = [&](const std::uint8_t* packed) EPIC_QUANT_INLINE_LAMBDA {
       Bytes<32> codes[V];
+      if (Kind::has_scales) {
+        decode<Kind>(packed, 0, codes);
+        EPIC_QUANT_UNROLL for (int v = 0; v < V; ++v) {
+          clear();
+          multiply_vector(codes[v]);
+          scale(sums[v % kSums]);
+        }
+        return;
+      }
       if (B == Blocks::segments) {
-        decode<Kind>(packed, codes);
+        decode<Kind>(packed, 0, codes);
         for (const std::size_t unit = segment.unit; segment.unit == unit && segment.group < matrix.num_scales;
              segment.next(matrix)) {
           clear();
           multiply(codes);
-          scale();
+          scale(sum);
         }
         return;
       }
       clear();
       for (std::size_t u = 0; u < block_units; ++u, packed += kUnit) {
-        decode<Kind>(packed, codes);
+        decode<Kind>(packed, 0, codes);
         multiply(codes);
       }
-      scale();
+      scale(sum);
     };
 
     const std::uint8_t* packed = matrix.packed + row * matrix.row_nbytes;
     std::size_t unit = 0;
     for (; unit < whole_units; unit += block_units) block(packed + unit * kUnit);
-    if (unit < num_units) {
+    if (!Kind::has_scales && unit < num_units) {
       // What is left of the row, with zeros after it: less than a block.
       std::uint8_t tail[kTailNbytes] = {};
       std::memcpy(tail, packed + unit * kUnit, matrix.row_nbytes - unit * kUnit);
       block(tail);
     }
+    EPIC_QUANT_UNROLL for (int i = 1; i < kSums; ++i) sum = _mm256_add_ps(sum, sums[i]);
     product.out[row] = Eight{sum}.sum();
   }
 }
@@ -124,10 +141,10 @@ void gemv(const Product& product, std::size_t begin, std::size_t end, void* scra
 #ifndef EPIC_QUANT_AVX512
 
 // R rows by T tokens of int8 activations, over all blocks of a row whose codes (levels, where signed) lie decoded.
-template <bool Signed, Blocks B, int R, int T>
+template <bool Signed, bool HasMinima, Blocks B, int R, int T>
 EPIC_QUANT_INLINE void multiply_int8(const Product& product, const std::uint8_t* codes, std::size_t codes_stride,
-                                     const float* scales, std::size_t token, std::size_t row, std::size_t rows_left,
-                                     int block_vectors) {
+                                     const float* scales, const float* minima, std::size_t token, std::size_t row,
+                                     std::size_t rows_left, int block_vectors) {
   const Layout& layout = product.matrix.layout;
   const std::size_t blocks = layout.padded_blocks(), x_stride = layout.num_limb_units * layout.unit_codes;
   const std::size_t num_blocks = x_stride / kVector / block_vectors;
@@ -135,12 +152,13 @@ EPIC_QUANT_INLINE void multiply_int8(const Product& product, const std::uint8_t*
   EPIC_QUANT_UNROLL for (int r = 0; r < R; ++r)
     EPIC_QUANT_UNROLL for (int t = 0; t < T; ++t) sums[r][t] = _mm256_setzero_ps();
   if (!Signed) {
+    const float* const subtracted = HasMinima ? minima : scales;
     for (std::size_t b = 0; b < blocks; b += 8)
       for (int r = 0; r < R; ++r)
         for (int t = 0; t < T; ++t)
-          sums[r][t] = _mm256_fmadd_ps(_mm256_loadu_ps(scales + r * blocks + b),
+          sums[r][t] = _mm256_fmadd_ps(_mm256_loadu_ps(subtracted + r * blocks + b),
                                        _mm256_loadu_ps(product.x_sum + (token + t) * blocks + b), sums[r][t]);
-    const __m256 minus_zero = _mm256_set1_ps(static_cast<float>(-product.matrix.format.zero));
+    const __m256 minus_zero = _mm256_set1_ps(HasMinima ? -1.0f : static_cast<float>(-product.matrix.format.zero));
     for (int r = 0; r < R; ++r)
       for (int t = 0; t < T; ++t) sums[r][t] = _mm256_mul_ps(sums[r][t], minus_zero);
   }
@@ -187,13 +205,14 @@ void gemm_int8(const Product& product, std::size_t begin, std::size_t end, void*
   const Layout& layout = matrix.layout;
   const Levels<Bytes<32>> levels(matrix.format);
   const std::size_t blocks = layout.padded_blocks(), padded = layout.padded_cols(), num_units = layout.num_units;
-  const int block_vectors = static_cast<int>(layout.block_units) * V;
+  const int block_vectors = static_cast<int>(layout.block_vectors);
   float* scales = static_cast<float*>(scratch);
-  std::uint8_t* codes = reinterpret_cast<std::uint8_t*>(scales + kRows * blocks);
+  float* minima = scales + kRows * blocks;
+  std::uint8_t* codes = reinterpret_cast<std::uint8_t*>(Kind::has_minima ? minima + kRows * blocks : minima);
   for (std::size_t first = begin; first < end; first += kRows) {
     const Rows rows(first, end, kRows);
     for (std::size_t r = 0; r < kRows; ++r) {
-      expand_scales(matrix, rows[r], scales + r * blocks);
+      expand_scales<Kind>(matrix, rows[r], scales + r * blocks, minima + r * blocks);
       const Row packed(matrix, rows[r], kUnit);
       std::uint8_t* to = codes + r * padded;
       for (std::size_t u = 0; u < num_units; ++u, to += V * kVector)
@@ -212,13 +231,15 @@ void gemm_int8(const Product& product, std::size_t begin, std::size_t end, void*
       for (const std::size_t left = ahead > share ? ahead - share : 0; ahead > left; next += 64)
         EPIC_QUANT_PREFETCH(next), ahead -= ahead < 64 ? ahead : 64;
       for (std::size_t r = 0; r < rows.count; r += 4)
-        multiply_int8<Signed, B, 4, 2>(product, codes + r * padded, padded, scales + r * blocks, token, first + r,
-                                       rows.count - r, block_vectors);
+        multiply_int8<Signed, Kind::has_minima, B, 4, 2>(product, codes + r * padded, padded, scales + r * blocks,
+                                                         minima + r * blocks, token, first + r, rows.count - r,
+                                                         block_vectors);
     }
     if (token < product.tokens)
       for (std::size_t r = 0; r < rows.count; r += 4)
-        multiply_int8<Signed, B, 4, 1>(product, codes + r * padded, padded, scales + r * blocks, token, first + r,
-                                       rows.count - r, block_vectors);
+        multiply_int8<Signed, Kind::has_minima, B, 4, 1>(product, codes + r * padded, padded, scales + r * blocks,
+                                                         minima + r * blocks, token, first + r, rows.count - r,
+                                                         block_vectors);
   }
 }
 

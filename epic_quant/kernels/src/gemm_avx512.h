@@ -37,28 +37,43 @@ EPIC_QUANT_INLINE void load_words(const std::uint8_t* const (&rows)[kLanes], std
   words[3] = {_mm512_unpackhi_epi64(high01, high23)};
 }
 
-// A unit of sixteen rows decoded: [8, V] vectors.
+// Vectors of which a lane takes 4 codes a step: those of a unit, or one where a vector has scales of its own.
+template <class Kind>
+constexpr int step_vectors = Kind::has_scales ? 1 : Kind::V;
+
+// A unit of sixteen rows decoded: [8, V] vectors; or [V, 8] where each of V has scales of its own.
 template <class Kind>
 EPIC_QUANT_INLINE void decode_lanes(const std::uint8_t* const (&rows)[kLanes], std::size_t at,
                                     const Levels<Bytes<64>, true>& levels, Bytes<64>* to) {
-  constexpr int V = Kind::V, kInputs = Kind::unit_nbytes / 32;
+  constexpr int V = Kind::V, kInputs = Kind::inputs;
   Bytes<64> words[kSteps][kInputs];
-  EPIC_QUANT_UNROLL for (int i = 0; i < Kind::unit_nbytes / 16; ++i)
-    load_words(rows, at + 16 * i, &words[0][0] + 4 * i);
+  if constexpr (Kind::has_scales) {
+    EPIC_QUANT_UNROLL for (int i = 0; i < kInputs; ++i) {
+      Bytes<64> input[kSteps];
+      load_words(rows, at + Codes<Kind::coding>::input_at[i], input);
+      load_words(rows, at + Codes<Kind::coding>::input_at[i] + 16, input + 4);
+      EPIC_QUANT_UNROLL for (std::size_t step = 0; step < kSteps; ++step) words[step][i] = input[step];
+    }
+  } else {
+    EPIC_QUANT_UNROLL for (int i = 0; i < Kind::unit_nbytes / 16; ++i)
+      load_words(rows, at + 16 * i, &words[0][0] + 4 * i);
+  }
   EPIC_QUANT_UNROLL for (std::size_t step = 0; step < kSteps; ++step) {
     Bytes<64> codes[V];
     Codes<Kind::coding>::template decode<4>(words[step], codes);
     EPIC_QUANT_UNROLL for (int v = 0; v < V; ++v)
-      (Kind::has_levels ? levels.template level<Kind>(codes[v]) : codes[v]).store(to++);
+      (Kind::has_levels ? levels.template level<Kind>(codes[v]) : codes[v])
+          .store(to + (Kind::has_scales ? v * kSteps + step : step * V + v));
   }
 }
 
-// Activations of several tokens, sixteen side by side: limbs [num_limb_units, 8, V, 16] of four bytes each, scales
-// and sums [num_blocks, 16], for one sixteen of tokens after another.
+// Activations of several tokens, sixteen side by side: limbs [num_limb_units, 8, V, 16] of four bytes each, or
+// [num_limb_units, V, 8, 16] as codes are, scales and sums [num_blocks, 16], for one sixteen of tokens after another.
 inline void pack_lanes(const Product& product, int limbs, std::size_t begin, std::size_t end, float* scratch) {
   if (limbs != 1 || product.tokens == 1) return pack_activations(product, limbs, begin, end, scratch);
   const Layout& layout = product.matrix.layout;
-  const std::size_t blocks = layout.padded_blocks(), vectors = layout.unit_codes / kVector;
+  const bool has_scales = row_of(product.matrix.format.coding).group_codes > 0;
+  const std::size_t blocks = layout.padded_blocks(), vectors = has_scales ? 1 : layout.unit_codes / kVector;
   const std::size_t num_limbs = layout.num_limb_units * layout.unit_codes;
   Product one = product;
   one.tokens = 1;
@@ -74,7 +89,7 @@ inline void pack_lanes(const Product& product, int limbs, std::size_t begin, std
       product.x_sum[tile * blocks + b * kTokenLanes + lane] = one.x_sum[b];
     }
     std::int8_t* to = product.x_limbs + tile * num_limbs + 4 * lane;
-    for (std::size_t unit = 0; unit < num_limbs; unit += layout.unit_codes)
+    for (std::size_t unit = 0; unit < num_limbs; unit += vectors * kVector)
       for (std::size_t step = 0; step < kSteps; ++step)
         for (std::size_t v = 0; v < vectors; ++v, to += 4 * kTokenLanes)
           std::memcpy(to, one.x_limbs + unit + v * kVector + 4 * step, 4);
@@ -83,9 +98,10 @@ inline void pack_lanes(const Product& product, int limbs, std::size_t begin, std
 
 // Sixteen rows, whose codes lie decoded with the scales of each block [num_blocks, 16], by T tokens from `token` on,
 // all in one sixteen; of the rows, the first `rows` are written. Meanwhile `ahead` bytes from `next` on are fetched.
-template <int V, int T>
-void multiply_lanes(const Product& product, const Bytes<64>* codes, const float* scales, float zero,
-                    std::size_t token, std::size_t row, std::size_t rows, const char* next, std::size_t ahead) {
+template <int V, bool HasMinima, int T>
+void multiply_lanes(const Product& product, const Bytes<64>* codes, const float* scales, const float* minima,
+                    float zero, std::size_t token, std::size_t row, std::size_t rows, const char* next,
+                    std::size_t ahead) {
   const Layout& layout = product.matrix.layout;
   const std::size_t tile = token / kTokenLanes * kTokenLanes, lane = token - tile, blocks = layout.padded_blocks();
   const float* x_scale = product.x_scale + tile * blocks + lane;
@@ -119,6 +135,12 @@ void multiply_lanes(const Product& product, const Bytes<64>* codes, const float*
     }
     const __m512 scale = _mm512_load_ps(scales + b * kLanes);
     EPIC_QUANT_UNROLL for (int t = 0; t < T; ++t) {
+      if (HasMinima) {
+        const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(total[t]), _mm512_set1_ps(x_scale[t]));
+        sums[t] = _mm512_fnmadd_ps(_mm512_load_ps(minima + b * kLanes), _mm512_set1_ps(x_sum[t]), sums[t]);
+        sums[t] = _mm512_fmadd_ps(value, scale, sums[t]);
+        continue;
+      }
       const __m512 zeros = _mm512_mul_ps(minus_zero, _mm512_set1_ps(x_sum[t]));
       const __m512 value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(total[t]), _mm512_set1_ps(x_scale[t]), zeros);
       sums[t] = _mm512_fmadd_ps(value, scale, sums[t]);
@@ -139,19 +161,23 @@ void gemm_int8(const Product& product, std::size_t begin, std::size_t end, void*
   const float zero = static_cast<float>(Kind::has_levels ? 128 : matrix.format.zero);
   Bytes<64>* codes = static_cast<Bytes<64>*>(scratch);
   float* scales = reinterpret_cast<float*>(codes + layout.num_units * kSteps * V);
-  float* own = scales + layout.padded_blocks() * kLanes;
+  float* minima = scales + layout.padded_blocks() * kLanes;
+  float* own = Kind::has_minima ? minima + layout.padded_blocks() * kLanes : minima;
   for (std::size_t first = begin; first < end; first += kLanes) {
     const Rows rows(first, end, kLanes);
     const std::uint8_t* at[kLanes];
     std::uint8_t tails[kLanes][kTailNbytes];
     for (std::size_t r = 0; r < kLanes; ++r) {
       at[r] = matrix.packed + rows[r] * matrix.row_nbytes;
-      expand_scales(matrix, rows[r], own);
-      for (std::size_t b = 0; b < layout.num_blocks; ++b) scales[b * kLanes + r] = own[b];
+      expand_scales<Kind>(matrix, rows[r], own, own + layout.padded_blocks());
+      for (std::size_t b = 0; b < layout.num_blocks; ++b) {
+        scales[b * kLanes + r] = own[b];
+        if (Kind::has_minima) minima[b * kLanes + r] = own[layout.padded_blocks() + b];
+      }
     }
     for (std::size_t unit = 0; unit < whole; ++unit)
       decode_lanes<Kind>(at, unit * kUnit, levels, codes + unit * kSteps * V);
-    if (whole < layout.num_units) {
+    if (!Kind::has_scales && whole < layout.num_units) {
       for (std::size_t r = 0; r < kLanes; ++r) {
         std::memset(tails[r], 0, kTailNbytes);
         std::memcpy(tails[r], at[r] + whole * kUnit, matrix.row_nbytes - whole * kUnit);
@@ -166,12 +192,14 @@ void gemm_int8(const Product& product, std::size_t begin, std::size_t end, void*
     ahead = (ahead < kLanes ? ahead : kLanes) * matrix.row_nbytes;
     for (std::size_t token = 0, left = product.tokens; left; ahead = 0) {
       const std::size_t taken = left >= 16 ? 16 : left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-      const auto multiply = taken == 16  ? multiply_lanes<V, 16>
-                            : taken == 8 ? multiply_lanes<V, 8>
-                            : taken == 4 ? multiply_lanes<V, 4>
-                            : taken == 2 ? multiply_lanes<V, 2>
-                                         : multiply_lanes<V, 1>;
-      multiply(product, codes, scales, zero, token, first, rows.count, next, ahead);
+      constexpr int kTogether = step_vectors<Kind>;
+      constexpr bool kMinima = Kind::has_minima;
+      const auto multiply = taken == 16  ? multiply_lanes<kTogether, kMinima, 16>
+                            : taken == 8 ? multiply_lanes<kTogether, kMinima, 8>
+                            : taken == 4 ? multiply_lanes<kTogether, kMinima, 4>
+                            : taken == 2 ? multiply_lanes<kTogether, kMinima, 2>
+                                         : multiply_lanes<kTogether, kMinima, 1>;
+      multiply(product, codes, scales, minima, zero, token, first, rows.count, next, ahead);
       token += taken, left -= taken;
     }
   }

@@ -38,10 +38,19 @@ class Scratch {
 
 Layout layout_of(const Format& format, std::size_t cols, std::size_t num_scales) {
   Layout layout{};
-  const std::size_t unit = 32 * static_cast<std::size_t>(row_of(format.coding).num_vectors), half = unit / 2;
+  const CodingRow& row = row_of(format.coding);
+  const std::size_t unit = row.unit_codes(), half = unit / 2;
   if (!unit) return layout;
   layout.unit_codes = unit;
   const std::size_t group_size = cols / num_scales;
+  if (row.group_codes) {
+    layout.kind = group_size < 32 ? Blocks::halves : Blocks::units;
+    layout.block_units = layout.block_vectors = 1;
+    layout.block_codes = group_size;
+    layout.num_units = layout.num_limb_units = cols / unit;
+    layout.num_blocks = num_scales;
+    return layout;
+  }
   const std::size_t group = num_scales == 1 ? round_up(cols, 8 * unit) : group_size;
   layout.kind = group % half ? Blocks::segments : half >= 128 || group % unit ? Blocks::halves : Blocks::units;
   layout.block_units = 1;
@@ -50,6 +59,7 @@ Layout layout_of(const Format& format, std::size_t cols, std::size_t num_scales)
          group % (2 * layout.block_units * unit) == 0)
     layout.block_units *= 2;
   layout.block_codes = layout.kind == Blocks::halves ? half : layout.block_units * unit;
+  layout.block_vectors = layout.block_units * unit / 32;
   layout.num_units = round_up(cols, layout.block_units * unit) / unit;
   layout.num_blocks = layout.num_units * unit / layout.block_codes;
   layout.num_limb_units = layout.num_units;
@@ -68,9 +78,10 @@ std::size_t pack_scratch_nbytes(const Layout& layout) {
 
 std::size_t product_scratch_nbytes(const StoredMatrix& matrix) {
   const Layout& layout = matrix.layout;
-  // Those of the rows, and of one more before they are laid out.
+  // Those of the rows, and of one more before they are laid out; as much again for minima.
+  const std::size_t kinds = row_of(matrix.format.coding).has_minima ? 2 : 1;
   const std::size_t scales =
-      (kMaxTileRows + 1) * round_up(std::max(layout.num_blocks, matrix.num_scales), 16) * sizeof(float);
+      kinds * (kMaxTileRows + 1) * round_up(std::max(layout.num_blocks, matrix.num_scales), 16) * sizeof(float);
   const std::size_t codes = kMaxTileRows * layout.padded_cols();
   const std::size_t tile_codes = std::max(kTileCodes, layout.unit_codes);
   const std::size_t tile = (kMaxTileRows * tile_codes + kMaxTileSums * 8) * sizeof(float);
@@ -116,13 +127,13 @@ Format make_format(const std::string& coding, const std::vector<int>& levels, Ro
                                 std::to_string(levels.back()) + (evenly ? " evenly" : " unevenly") +
                                 ", which no kernel rounds to so");
   format.zero = evenly ? -levels.front() : 0;
-  if (format.coding == Coding::bits8 && format.zero != 128)
-    throw std::invalid_argument("levels of bits8 are from " + std::to_string(levels.front()) + " on, expected -128");
+  if (row.num_bits == 8 && format.zero != 128)
+    throw std::invalid_argument("levels of " + coding + " are from " + std::to_string(levels.front()) + " on, expected -128");
   if (evenly) return format;
   while (std::size_t{1} << format.table_bits < levels.size()) ++format.table_bits;
   // Products take magnitudes of at most 127.
   if (levels.size() != std::size_t{1} << format.table_bits || format.table_bits < 2 || levels.size() > kMaxTable ||
-      !row.num_vectors || levels.front() < -127)
+      !row.num_vectors || row.group_codes || levels.front() < -127)
     throw std::invalid_argument("a table of " + std::to_string(levels.size()) + " levels from " +
                                 std::to_string(levels.front()) + " on for " + coding +
                                 ", expected 4, 8 or 16 in [-127, 127]");

@@ -65,6 +65,10 @@ NB_MODULE(_native, module) {
 
   nb::class_<Format>(module, "Format")
       .def(nb::new_(&format_of))
+      .def_prop_ro("block_cols", [](const Format& format) {
+        return row_of(format.coding).group_codes ? row_of(format.coding).unit_codes() : 0;
+      })
+      .def_prop_ro("group_cols", [](const Format& format) { return row_of(format.coding).group_codes; })
       .def("row_nbytes", [](const Format& format, std::size_t cols) { return row_nbytes(format.coding, cols); });
 
   nb::class_<StoredMatrix>(module, "Matrix")

@@ -19,17 +19,20 @@ EPIC_QUANT_OWN_FUNCTION std::int32_t dot(const std::int8_t* values, const std::i
 }
 
 // A decoded row [num_units, V, 32] by tokens whose activations have `Limbs` limbs.
-template <int Limbs>
-void multiply_limbs(const Product& product, const std::int8_t* values, const float* scales, std::size_t row) {
+template <int Limbs, bool HasMinima>
+void multiply_limbs(const Product& product, const std::int8_t* values, const float* scales, const float* minima,
+                    std::size_t row) {
   const Layout& layout = product.matrix.layout;
   const std::size_t x_stride = layout.num_limb_units * layout.unit_codes * Limbs, blocks = layout.padded_blocks();
-  const std::size_t vectors = layout.block_units * layout.unit_codes / kVector;
+  const std::size_t vectors = layout.block_vectors;
   const int halves = layout.kind == Blocks::halves ? 2 : 1;
   for (std::size_t token = 0; token < product.tokens; ++token) {
     const std::int8_t* x = product.x_limbs + token * x_stride;
     const float* x_scale = product.x_scale + token * blocks;
     const std::int8_t* w = values;
     float sum = 0;
+    for (std::size_t block = 0; HasMinima && block < layout.num_blocks; ++block)
+      sum -= minima[block] * product.x_sum[token * blocks + block];
     Segment segment;
     for (std::size_t block = 0; block < layout.num_blocks; block += halves) {
       if (layout.kind == Blocks::segments) {
@@ -56,14 +59,15 @@ void gemm_limbs(const Product& product, std::size_t begin, std::size_t end, void
   const Layout& layout = matrix.layout;
   const Levels<Bytes<16>> levels(matrix.format);
   float* scales = static_cast<float*>(scratch);
-  auto* values = reinterpret_cast<std::int8_t*>(scales + layout.padded_blocks());
+  float* minima = scales + layout.padded_blocks();
+  auto* values = reinterpret_cast<std::int8_t*>(Kind::has_minima ? minima + layout.padded_blocks() : minima);
   for (std::size_t row = begin; row < end; ++row) {
-    expand_scales(matrix, row, scales);
+    expand_scales<Kind>(matrix, row, scales, minima);
     const Row packed(matrix, row, Kind::unit_nbytes);
     for (std::size_t unit = 0; unit < layout.num_units; ++unit)
       decode_unit<Kind, Bytes<16>>(packed.unit(unit, Kind::unit_nbytes), values + unit * layout.unit_codes,
                                    [&](Bytes<16> codes) { return levels.template value<Kind>(codes); });
-    multiply_limbs<Limbs>(product, values, scales, row);
+    multiply_limbs<Limbs, Kind::has_minima>(product, values, scales, minima, row);
   }
 }
 

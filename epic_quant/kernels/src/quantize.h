@@ -7,6 +7,7 @@
 #include "codes.h"
 #include "eight.h"
 #include "format.h"
+#include "gemm.h"
 #include "hadamard.h"
 
 namespace epic_quant {
@@ -58,16 +59,17 @@ inline bool read_row(Element element, const void* rows, std::size_t row, std::si
   return max_abs.total() < 0x7F800000;
 }
 
+// What is NaN stays so.
 inline void write_row(Element element, const float* from, std::size_t row, std::size_t cols, void* rows) {
   const std::size_t size = size_of(element), whole = cols / 8 * 8;
   char* to = static_cast<char*>(rows) + row * cols * size;
   const float most = element == Element::fp16 ? kFp16Max : element == Element::bf16 ? kBf16Max : kFp32Max;
   const Eight high = Eight::of(most), low = Eight::of(-most);
   for (std::size_t at = 0; at < whole; at += 8)
-    store(element, smaller(larger(Eight::load(from + at), low), high), to + at * size);
+    store(element, smaller(high, larger(low, Eight::load(from + at))), to + at * size);
   if (whole < cols) {
     char rest[32];
-    store(element, smaller(larger(Eight::load(from + whole), low), high), rest);
+    store(element, smaller(high, larger(low, Eight::load(from + whole))), rest);
     std::memcpy(to + whole * size, rest, (cols - whole) * size);
   }
 }
@@ -219,7 +221,9 @@ std::size_t quantize_rows(const StoredMatrix& matrix, Element element, const voi
   const Rounder rounder(format);
   const std::size_t cols = matrix.cols, group_size = matrix.group_size;
   void (*pack)(const std::uint8_t*, std::size_t, std::uint8_t*) = nullptr;
-  by_coding(format.coding, [&](auto kind) { pack = Codes<kind.coding>::pack; });
+  by_coding(format.coding, [&](auto kind) {
+    if constexpr (!kind.has_scales) pack = Codes<kind.coding>::pack;
+  });
   float* const row = scratch;
   float* const whole = scratch + cols + 16;
   std::uint8_t* const codes = reinterpret_cast<std::uint8_t*>(scratch + 2 * (cols + 16));
@@ -254,7 +258,9 @@ inline void dequantize_rows(const StoredMatrix& matrix, Element element, void* w
   const std::size_t cols = matrix.cols, num_scales = matrix.num_scales, group_size = matrix.group_size;
   const float low = format.low;
   void (*unpack)(const std::uint8_t*, std::size_t, std::uint8_t*) = nullptr;
-  by_coding(format.coding, [&](auto kind) { unpack = Codes<kind.coding>::unpack; });
+  by_coding(format.coding, [&](auto kind) {
+    if constexpr (!kind.has_scales) unpack = Codes<kind.coding>::unpack;
+  });
   float* const row = scratch;
   std::uint8_t* const codes = reinterpret_cast<std::uint8_t*>(scratch + cols + 16);
   std::memset(row, 0, (cols + 16) * sizeof(float));
@@ -273,9 +279,30 @@ inline void dequantize_rows(const StoredMatrix& matrix, Element element, void* w
   }
 }
 
-// The kernels of a format that work on rows, chosen by how it rounds.
+// The same where units hold scales.
+template <class Kind>
+void dequantize_units(const StoredMatrix& matrix, Element element, void* weight, bool, std::size_t begin,
+                      std::size_t end, float* scratch) {
+  const Layout& layout = matrix.layout;
+  const Levels<Vector> levels(matrix.format);
+  float* const scales = scratch + matrix.cols;
+  float* const minima = scales + layout.padded_blocks();
+  for (std::size_t at = begin; at < end; ++at) {
+    expand_scales<Kind>(matrix, at, scales, minima);
+    for (std::size_t unit = 0; unit < layout.num_units; ++unit)
+      decode_fp32<Kind>(layout, levels, matrix.packed + at * matrix.row_nbytes + unit * Kind::unit_nbytes, unit, scales,
+                        minima, nullptr, scratch + unit * layout.unit_codes);
+    write_row(element, scratch, at, matrix.cols, weight);
+  }
+}
+
+// The kernels of a format that work on rows, chosen by how it rounds. None quantizes to units that hold scales.
 inline Kernels row_kernels(const Format& format) {
   Kernels kernels{};
+  by_product_kind(format, [&](auto kind) {
+    if constexpr (kind.has_scales) kernels.dequantize = dequantize_units<decltype(kind)>;
+  });
+  if (kernels.dequantize) return kernels;
   kernels.dequantize = dequantize_rows;
   kernels.quantize = format.rounding == Rounding::nearest ? quantize_rows<Nearest>
                      : format.rounding == Rounding::sign  ? quantize_rows<Sign>

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from epic_quant.errors import QuantizationError
-from epic_quant.quant.backends import REFERENCE
+from epic_quant.quant import backends
+from epic_quant.quant.backends import KernelMatrix, Rule
 from epic_quant.quant.formats import Format, check_finite, format_named
 from epic_quant.quant.ggml.fitting import Levels, fit_scales, fit_scales_and_minima
 from epic_quant.quant.ggml.layout import Bits, EightPairs, Field, Joined, Signed, Trits, read_fp16, write_fp16
 from epic_quant.quant.gptq import Hessian
+from epic_quant.quant.scales import SCALE_DTYPE
 from epic_quant.quant.stored import StoredMatrix, bits_per_weight, row_chunks
 from epic_quant.spec import FORMATS as SPEC_FORMATS
 from epic_quant.spec import FormatInfo, WeightSpec
@@ -60,16 +63,17 @@ class BlockFormat(Format):
         rows, cols = weight.shape
         ((dtype, size),) = self.layout(spec, (rows, cols)).values()
         blocks = torch.empty(size, dtype=dtype, device=weight.device)
+        importance = Hessian.given(hessian, "imatrix").diagonal(cols) if spec.imatrix else None
         for chunk in row_chunks(rows, cols, _CHUNK):
             values = weight[chunk].float()
             check_finite(values, chunk.start)
-            blocks[chunk] = self.encode(values)
-        return BlockMatrix(blocks, spec)
+            blocks[chunk] = self.encode(values, importance)
+        return BlockMatrix(blocks, spec, backend)
 
     def from_tensors(
         self, spec: WeightSpec, tensors: Mapping[str, Tensor], shape: tuple[int, int], backend: str | None = None
     ) -> StoredMatrix:
-        return BlockMatrix(tensors["blocks"], spec)
+        return BlockMatrix(tensors["blocks"], spec, backend)
 
     def layout(self, spec: WeightSpec, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         rows, cols = shape
@@ -81,8 +85,25 @@ class BlockFormat(Format):
         """Rows [rows, cols] of whole blocks of finite fp32 weights, to uint8 [rows, row bytes].
 
         `importance` [cols], at least 0, is how much a squared error counts in each column: the mean of the squared
-        inputs, a Hessian's diagonal. QuantizationError where it is something else.
+        inputs, a Hessian's diagonal. QuantizationError where it is something else. No block's error is larger by it
+        than without: the search finds no more than a near optimum, so both are tried.
         """
+        plain = self._encode(weight, None)
+        if importance is None:
+            return plain
+        importance = _relative(importance, weight.shape[1]).to(weight.device)
+        fitted = self._encode(weight, importance + _DAMPING)
+
+        def errors(blocks: Tensor) -> Tensor:
+            """Of each block, [n, 1]."""
+            squares = (self.decode(blocks) - weight).square_() * importance
+            return squares.view(-1, self.info.block_size).sum(1, keepdim=True)
+
+        better = errors(fitted) < errors(plain)
+        chosen = torch.where(better, fitted.view(len(better), -1), plain.view(len(better), -1))
+        return chosen.view(plain.shape)
+
+    def _encode(self, weight: Tensor, importance: Tensor | None) -> Tensor:
         count, multiples = (1, range(1, 2)) if self.groups is None else self.groups[:2]
         group = self.info.block_size // count
 
@@ -91,7 +112,7 @@ class BlockFormat(Format):
             return rows.reshape(-1, count, group).permute(2, 1, 0).contiguous()
 
         x = grouped(weight)
-        weights = None if importance is None else grouped(_damped(importance, weight.shape[1]).expand(weight.shape))
+        weights = None if importance is None else grouped(importance.expand(weight.shape))
         has_minima = self.groups is not None and self.groups.min_at is not None
         fitted = (fit_scales_and_minima if has_minima else fit_scales)(x, weights, self.levels, multiples)
         codes = self.levels.encode(fitted.levels).permute(2, 1, 0).flatten(1)
@@ -122,21 +143,30 @@ class BlockFormat(Format):
         return values.view(rows, -1)
 
 
-def _damped(importance: Tensor, cols: int) -> Tensor:
+def _relative(importance: Tensor, cols: int) -> Tensor:
+    """Over the mean, [cols] fp32."""
     if importance.shape != (cols,) or not importance.isfinite().all() or (importance < 0).any():
         raise QuantizationError(f"the importance of columns is no {cols} finite numbers that are at least 0")
-    return (importance / (importance.mean().item() or 1.0)).float() + _DAMPING
+    importance = importance.double()
+    return (importance / (importance.mean().item() or 1.0)).float()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class BlockMatrix:
-    """`blocks` [rows, row bytes] uint8, as a GGUF file has them."""
+    """`blocks` [rows, row bytes] uint8, as a GGUF file has them; kernels read them so.
+
+    `backend` names what computes; None is `backends.default()`.
+    """
 
     blocks: Tensor
     spec: WeightSpec
+    backend: str | None = None
 
     def __repr__(self) -> str:
         return f"BlockMatrix({self.spec}, {list(self.shape)}, {self.bits_per_weight:.3f} bits a weight)"
+
+    def __reduce__(self) -> tuple[type[BlockMatrix], tuple[object, ...]]:
+        return BlockMatrix, (self.blocks, self.spec, self.backend)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -155,6 +185,8 @@ class BlockMatrix:
         return replace(self, blocks=self.blocks.index_select(0, ids))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        if self._kernels is not None:
+            return self._kernels.dequantize(dtype)
         limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
         decoded = torch.empty(self.shape, dtype=dtype, device=self.blocks.device)
         for chunk in row_chunks(*self.shape, _CHUNK):
@@ -162,22 +194,39 @@ class BlockMatrix:
         return decoded
 
     def matmul(self, x: Tensor, activations: str = "fp32") -> Tensor:
-        """As `StoredMatrix.matmul`; rows are decoded some at a time. Activations are never rounded."""
+        """As `StoredMatrix.matmul`, by a kernel where there is one; else rows are decoded some at a time."""
+        product = backends.product(self._kernels, x, activations)
+        if product is not None:
+            return product
         out = x.new_empty(*x.shape[:-1], self.shape[0])
         for chunk in row_chunks(*self.shape, _CHUNK):
             out[..., chunk] = functional.linear(x, self._decoded(chunk).to(x.dtype))
         return out
 
     def computed_by(self, activations: str = "fp32") -> str:
-        return REFERENCE
+        return backends.computed_by(self._kernels, activations)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"blocks": self.blocks}
 
+    @cached_property
+    def _kernels(self) -> KernelMatrix | None:
+        """Itself with the kernels that serve it; None where the reference computes."""
+        kernels = backends.kernels_for(self.spec.format, self.blocks.device, self.backend)
+        if kernels is None:
+            return None
+        no_scales = torch.empty(self.shape[0], 0, dtype=SCALE_DTYPE)
+        rule = Rule(self.spec.format, self._format.levels.values)
+        return kernels(rule, self.blocks, no_scales, self.shape[1], isa=self.backend)
+
+    @property
+    def _format(self) -> BlockFormat:
+        found = format_named(self.spec.format)
+        assert isinstance(found, BlockFormat)
+        return found
+
     def _decoded(self, rows: slice) -> Tensor:
-        stored_as = format_named(self.spec.format)
-        assert isinstance(stored_as, BlockFormat)
-        return stored_as.decode(self.blocks[rows])
+        return self._format.decode(self.blocks[rows])
 
 
 def _signed(bits: int) -> Levels:

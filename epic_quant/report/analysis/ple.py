@@ -147,7 +147,7 @@ def marked(run: Run) -> list[Marked]:
     for name, policy in run.policies.items():
         for tensor_class in _GUARDED:
             for spec, is_partial in _specs(policy, tensor_class).items():
-                key = tensor_class, spec.without_gptq
+                key = tensor_class, spec.without_hessian
                 known = bits.get(key)
                 # A spec that was not measured alone counts by the bits of its codes.
                 if (math.log2(spec.info.num_levels) if known is None else known) < GUARDED_BITS:
