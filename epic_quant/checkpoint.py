@@ -23,7 +23,7 @@ from epic_quant.errors import CheckpointError, ConfigError, TokenError, unknown
 from epic_quant.files import read_text, user_path
 
 # The dtypes of the safetensors format that torch has too.
-_DTYPES = {
+DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F32": torch.float32,
@@ -339,9 +339,9 @@ def _checked_location(path: Path, data_start: int, name: str, entry: Any) -> Ten
             raise CheckpointError(
                 f"{path}: tensor {name!r}: expected dtype, shape and data_offsets, found {entry!r:.80}"
             )
-    if code not in _DTYPES:
-        raise CheckpointError(f"{path}: tensor {name!r}: {unknown('dtype', code, _DTYPES)}")
-    location = TensorLocation(path, data_start + begin, tuple(shape), _DTYPES[code])
+    if code not in DTYPES:
+        raise CheckpointError(f"{path}: tensor {name!r}: {unknown('dtype', code, DTYPES)}")
+    location = TensorLocation(path, data_start + begin, tuple(shape), DTYPES[code])
     if end - begin != location.nbytes:
         raise CheckpointError(
             f"{path}: tensor {name!r}: {code} {shape} takes {location.nbytes} bytes, its offsets hold {end - begin}"

@@ -52,6 +52,10 @@ class RecipeError(EpicQuantError):
     """A recipe that cannot be made: no sensitivities to make it of, or a budget below the smallest possible."""
 
 
+class ExportError(EpicQuantError):
+    """A policy or model that a file format or its engine cannot hold, or a file that cannot be written."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """One line: `name` is no known `kind`, with similar names, or without any with all or the first few known names."""
     choices = sorted(known)

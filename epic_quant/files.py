@@ -73,6 +73,11 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(unfinished, path)
 
 
+def tensor_nbytes(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of a tensor in a .safetensors file, whose dtype is one of its names."""
+    return _ELEMENT_NBYTES[dtype] * math.prod(shape)
+
+
 @contextmanager
 def safetensors_writer(
     path: Path, tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str]
@@ -86,7 +91,7 @@ def safetensors_writer(
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for name, (dtype, shape) in tensors.items():
-        begin, end = end, end + _ELEMENT_NBYTES[dtype] * math.prod(shape)
+        begin, end = end, end + tensor_nbytes(dtype, shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text = text.ljust(-(-len(text) // 8) * 8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 
@@ -16,9 +16,12 @@ from epic_quant.gemma4.tensors import TextTensor, expected_tensors
 from epic_quant.gemma4.weights import CheckpointWeights, Weights
 from epic_quant.kv import layer_nbytes
 from epic_quant.quant import Hessian, Weight, quantize
+from epic_quant.quant.stored import row_chunks
 from epic_quant.spec import BF16, KVSpec, PolicySpec, WeightSpec
 
 _PROBE_ROWS = 4
+# Weights of a piece: 64 MB in fp32.
+_PIECE = 2**24
 
 
 class PolicyWeights(Weights):
@@ -54,18 +57,35 @@ class PolicyWeights(Weights):
         weight = self._stored(name, self._source.rows(name, ids))
         return weight if isinstance(weight, Tensor) else weight.dequantize()
 
+    def pieces(self, name: str) -> Iterator[Weight]:
+        """A tensor as it is stored, some rows at a time, so that a large one never stands in RAM as a whole.
+
+        Raises QuantizationError as `get`.
+        """
+        weight = self._source.get(name)
+        if self.spec_of(name) is None:
+            yield weight
+            return
+        for rows in row_chunks(len(weight), weight.shape[1], _PIECE):
+            yield self._stored(name, weight[rows], f"{name}[{rows.start}:{rows.stop}]")
+
+    def spec_of(self, name: str) -> WeightSpec | None:
+        """The spec that a tensor is stored in; None where it stays as it is in the file, as those in bf16 do."""
+        spec = spec_of(self._policy, self.tensors[name])
+        return None if spec == BF16 else spec
+
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor as stored."""
         return tensor_nbytes(self._policy, self.tensors[name])
 
-    def _stored(self, name: str, weight: Tensor) -> Weight:
-        spec = spec_of(self._policy, self.tensors[name])
-        if spec in (None, BF16):
+    def _stored(self, name: str, weight: Tensor, place: str | None = None) -> Weight:
+        """All or some rows of a tensor as stored; an error calls them `place`."""
+        if (spec := self.spec_of(name)) is None:
             return weight
         try:
             return quantize(weight, spec, self._hessians.get(name))
         except QuantizationError as error:
-            raise QuantizationError(f"{name}: {error}") from error
+            raise QuantizationError(f"{place or name}: {error}") from error
 
 
 def spec_of(policy: PolicySpec, tensor: TextTensor) -> WeightSpec | None:

@@ -33,6 +33,7 @@ LAYERS = {
     "prices": 6,
     "recipe": 6,
     "predict": 6,
+    "export": 7,
     "plan": 7,
     "report": 7,
     "inspection": 7,

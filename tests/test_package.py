@@ -26,7 +26,7 @@ def test_torch_is_not_imported_before_it_is_needed(module):
     assert done.stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("module", ["calibration", "inspection", "predict", "recipe", "report"])
+@pytest.mark.parametrize("module", ["calibration", "export", "inspection", "predict", "recipe", "report"])
 def test_command_lines_print_help_and_version(module):
     for option, expected in (("--help", "exit status: 0; "), ("--version", epic_quant.__version__)):
         command = [sys.executable, "-m", f"epic_quant.{module}", option]

@@ -12,13 +12,11 @@ from epic_quant import command_line
 from epic_quant.errors import RecipeError
 from epic_quant.files import atomic, user_path
 from epic_quant.recipe.assignment import BY, Recipe
-from epic_quant.recipe.inputs import problem_of
-from epic_quant.recipe.llama_cpp import BITS, nearest_type, tensor_type_arguments
+from epic_quant.recipe.inputs import in_ggml_types, problem_of
 from epic_quant.results.predictions import measured_line, predicted_lines, prices_of
-from epic_quant.results.prices import Prediction, Prices
+from epic_quant.results.prices import Prediction
 from epic_quant.results.reading import read_run
 from epic_quant.results.run import Run
-from epic_quant.spec import Target
 from epic_quant.units import parse_nbytes
 
 
@@ -28,23 +26,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     run = read_run(options.json)
     prices = prices_of(run, options.json)
+    if options.format == "gguf":
+        prices = in_ggml_types(prices)
     problem = problem_of(run, prices, options.by, options.keep)
-    if options.budget is not None:
-        recipe = problem.within_resident(options.budget)
-    else:
+    if options.bits is not None:
         recipe = problem.within_bits(options.bits)
+    elif options.format == "gguf":
+        recipe = problem.within_gguf(options.budget)
+    else:
+        recipe = problem.within_resident(options.budget)
     prediction = prices.predict(recipe.policy)
-    if options.format == "policy":
-        printed = [str(recipe.policy)]
-        lines = [*_description(recipe, prediction), _measured(run, recipe, prediction, options.out)]
-    else:
-        types = _types(prices, recipe)
-        printed = [f"--tensor-type {shlex.quote(argument)}" for argument in tensor_type_arguments(types)]
-        lines = [f"# {line}" for line in (*_description(recipe, prediction), *_llama_cpp_notes(prices, recipe, types))]
+    lines = [*_description(recipe, prediction), _measured(run, recipe, prediction, options.out)]
+    if options.format == "gguf":
+        lines.append(_export(run, recipe, options.out))
     if options.out is None:
-        lines = [*printed, "", *lines]
+        lines = [str(recipe.policy), "", *lines]
     else:
-        _write(printed, options.out)
+        _write([str(recipe.policy)], options.out)
     print("\n".join(lines))
     return 0
 
@@ -77,27 +75,14 @@ def _measured(run: Run, recipe: Recipe, prediction: Prediction, out: Path | None
     return f"measured divergence:  none in this JSON; to measure it: {write}{shlex.join(words)}"
 
 
-def _types(prices: Prices, recipe: Recipe) -> dict[Target, str]:
-    """The nearest of llama.cpp's types for every tensor, those that were kept in bf16 among them."""
-    nbytes = prices.nbytes_by_tensor(recipe.policy)
-    return {
-        priced.target: nearest_type(recipe.policy.spec_of(priced.target), 8 * nbytes[priced.name] / priced.numel)
-        for priced in prices.tensors
-        if priced.target is not None
-    }
-
-
-def _llama_cpp_notes(prices: Prices, recipe: Recipe, types: dict[Target, str]) -> Iterator[str]:
-    nbits = sum(BITS[types[priced.target]] * priced.numel for priced in prices.tensors if priced.target)
-    own = 8 * prices.nbytes(recipe.policy)
-    yield (
-        f"{nbits / prices.numel:.4g} bits a weight with these types, {own / prices.numel:.4g} with the recipe's own, "
-        "over all matrices; the predicted divergence is that of the recipe's own"
-    )
-    yield "the last arguments of llama-quantize name a type for all else, which here is nothing: such as q8_0"
-    yield "per_layer_model_proj: llama-quantize never quantizes it"
-    if not recipe.policy.kv.is_plain:
-        yield f"KV cache {recipe.policy.kv}: no tensor of the file; see --cache-type-k and --cache-type-v at run time"
+def _export(run: Run, recipe: Recipe, out: Path | None) -> str:
+    """The command that writes the file."""
+    file = out or Path("recipe.policy")
+    source = run.facts["checkpoint"]["source"]
+    words = ["python", "-m", "epic_quant.export", source, f"--policy=@{file}", "--format", "gguf", f"{file.stem}.gguf"]
+    if recipe.policy.needs_hessians:
+        words += ["--hessians", "hessians.safetensors"]
+    return f"GGUF: {shlex.join(words)}"
 
 
 def _nbytes(text: str) -> int:
@@ -121,19 +106,21 @@ def _parser() -> argparse.ArgumentParser:
             "pytest benchmarks/test_quality.py --benchmark-json out.json",
             "python -m epic_quant.recipe out.json --budget 3.5GB",
             "python -m epic_quant.recipe out.json --budget 3.5GB --out recipe.policy   (for --policy=@recipe.policy)",
-            "python -m epic_quant.recipe out.json --bits 4.2 --format llama.cpp",
+            "python -m epic_quant.recipe out.json --bits 4.5 --format gguf --out small.policy",
         ],
         "0; 2 where no recipe can be made.",
     )
     parser.add_argument("json", type=user_path, metavar="out.json", help="what --benchmark-json wrote")
     budget = parser.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--budget", type=_nbytes, metavar="BYTES", help="resident bytes at most, such as 3.5GB")
+    budget.add_argument(
+        "--budget", type=_nbytes, metavar="BYTES", help="resident bytes, or those of a GGUF, at most: 3.5GB"
+    )
     budget.add_argument("--bits", type=_bits, metavar="BITS", help="bits a weight at most, on average, such as 4.2")
     parser.add_argument(
         "--format",
-        choices=("policy", "llama.cpp"),
-        default="policy",
-        help="a string for --policy, or arguments of llama.cpp's llama-quantize with its nearest types",
+        choices=("any", "gguf"),
+        default="any",
+        help="gguf: of ggml's types alone, for a file that python -m epic_quant.export writes and llama.cpp runs",
     )
     parser.add_argument(
         "--by",
@@ -148,9 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="CLASS",
         help="leave this class, or the kv_cache, in bf16 (repeatable)",
     )
-    parser.add_argument(
-        "--out", type=user_path, metavar="FILE", help="write the policy, or the arguments, to this file"
-    )
+    parser.add_argument("--out", type=user_path, metavar="FILE", help="write the policy to this file")
     return parser
 
 

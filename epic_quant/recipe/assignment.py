@@ -36,6 +36,9 @@ BY: tuple[By, ...] = ("tensor", "layer", "kind", "class")
 # What the parts of a footprint call a class, where it is not the class's own name.
 PARTS = {TensorClass.PLE_TABLE.value: "ple_rows"}
 
+# Bytes for the factors of RoPE, which are a tensor in a GGUF file.
+_GGUF_SPARE = 4096
+
 
 @dataclass(frozen=True, eq=False)
 class Choice:
@@ -147,14 +150,16 @@ class Problem:
         kept = dict.fromkeys(every[round(index)] for index in np.linspace(0, len(every) - 1, min(count, len(every))))
         return [self._recipe(units, chosen) for chosen in kept]
 
-    def within_stored(self, budget: int) -> Recipe:
-        """The best recipe whose stored weights, whole tables included, are at most `budget` bytes; K and V stay bf16.
+    def within_gguf(self, budget: int) -> Recipe:
+        """The best recipe whose tensors take at most `budget` bytes in a GGUF file; K and V stay bf16.
 
-        Raises RecipeError on a budget below the least.
+        Tables count whole, and norms in fp32, as such files have them. Raises RecipeError on a budget below the least.
         """
         units = [unit for unit in self.units if unit.numel]
-        fixed = round(self.resident_parts.get("norms", 0)) + sum(
-            priced.whole_nbytes for priced in self.prices.tensors if self._is_kept(priced)
+        fixed = (
+            _GGUF_SPARE
+            + 2 * round(self.resident_parts.get("norms", 0))
+            + sum(priced.whole_nbytes for priced in self.prices.tensors if self._is_kept(priced))
         )
         return self._within(units, [[choice.nbytes for choice in unit.choices] for unit in units], fixed, budget)
 

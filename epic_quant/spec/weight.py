@@ -11,6 +11,10 @@ from epic_quant.spec.formats import FORMATS, FormatInfo
 
 MAX_HADAMARD_BLOCK = 4096
 
+# ggml's types that are integers with a scale for 32 weights, and nothing else.
+_GGML_INTEGERS = {"int4": "q4_0", "int5": "q5_0", "int8": "q8_0"}
+_GGML_GROUP = 32
+
 _NUMBER = "[1-9][0-9]{0,8}"
 
 
@@ -69,6 +73,14 @@ class WeightSpec:
     def info(self) -> FormatInfo:
         """The format's row in the table."""
         return FORMATS[self.format]
+
+    @property
+    def ggml_type(self) -> str | None:
+        """The type of ggml whose blocks hold the same codes and scales, in rows of whole blocks; None without one."""
+        if self.info.block_nbytes:
+            return self.format
+        is_plain_group = self.group_size == _GGML_GROUP and not self.hadamard_block
+        return _GGML_INTEGERS.get(self.format) if is_plain_group else None
 
     @property
     def needs_hessian(self) -> bool:

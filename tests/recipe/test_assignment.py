@@ -55,10 +55,10 @@ def test_a_recipe_within_bits_keeps_to_them_and_leaves_k_and_v(bits, prices):
     assert recipe.policy.kv == KVSpec()
 
 
-def test_a_recipe_within_stored_bytes_counts_whole_tables_and_what_is_kept(prices):
+def test_a_recipe_for_gguf_counts_whole_tables_norms_in_fp32_and_what_is_kept(prices):
     keep = frozenset({"embedding"})
-    recipe = problem(prices, keep=keep).within_stored(90_000)
-    assert prices.nbytes(recipe.policy) + PARTS["norms"] <= 90_000
+    recipe = problem(prices, keep=keep).within_gguf(90_000)
+    assert prices.nbytes(recipe.policy) + 2 * PARTS["norms"] < 90_000
     assert recipe.policy.class_spec(TensorClass.EMBEDDING) == BF16
 
 
@@ -145,9 +145,9 @@ def test_k_and_v_get_one_spec_within_resident_bytes(prices):
             lambda problem, budget: problem.within_resident(budget),
             PARTS["norms"] + (WEIGHTS - NUMEL[TABLE] * 3 / 4) * 1.75 / 8 + 3 * 4000 * 4.25 / 8,
         ),
-        (lambda problem, budget: problem.within_stored(budget), PARTS["norms"] + WEIGHTS * 1.75 / 8),
+        (lambda problem, budget: problem.within_gguf(budget), 4096 + 2 * PARTS["norms"] + WEIGHTS * 1.75 / 8),
     ],
-    ids=["resident", "stored"],
+    ids=["resident", "gguf"],
 )
 def test_a_budget_below_the_least_is_refused_with_the_least(make, least, prices):
     with pytest.raises(RecipeError, match=f"9 bytes is too small: these specs need {round(least):,} at least"):

@@ -10,7 +10,9 @@ from epic_quant.recipe.__main__ import main
 from epic_quant.results.prices import prices_path, read_prices
 from epic_quant.spec import PolicySpec
 
-from .conftest import PARTS, make_prices, quality_entry
+from .conftest import BITS, NUMEL, PARTS, make_prices, quality_entry
+
+NUMEL_BYTES = 2 * sum(NUMEL.values())
 
 
 def test_a_recipe_keeps_to_its_budget_and_is_predicted_as_predict_does(data, write, capsys):
@@ -59,16 +61,26 @@ def test_coarser_units_never_have_less_alone(by, data, write, capsys):
     assert fine <= coarse * (1 + 1e-6)
 
 
-def test_llama_cpp_gets_a_type_for_every_tensor(data, write, capsys):
-    assert main([str(write(data)), "--bits", "4", "--format", "llama.cpp"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("--tensor-type") for line in lines)
-    assert all(line.startswith(("--tensor-type ", "# ")) for line in lines if line)
+GGML = {"q8_0": 8.5, "q4_k": 4.5, "tq2_0": 2.0625, "int5-g32+gptq": 5.5}
+
+
+@pytest.mark.parametrize("budget", [["--bits", "4"], ["--budget", str(NUMEL_BYTES // 4)]])
+def test_a_recipe_for_gguf_has_ggmls_types_alone_and_leaves_k_and_v(budget, data, write, tmp_path, capsys):
+    path, file = write(data, make_prices(bits=BITS | GGML)), tmp_path / "small.policy"
+    assert main([str(path), *budget, "--format", "gguf", "--out", str(file)]) == 0
+    policy = PolicySpec.parse(file.read_text(encoding="utf-8").strip())
+    assert {str(spec) for spec in policy.weight_specs} <= {*GGML, "bf16"}
+    assert policy.kv.is_plain
+    last = capsys.readouterr().out.splitlines()[-1]
+    command = f"python -m epic_quant.export 'some model' --policy=@{file} --format gguf small.gguf"
+    assert policy.needs_hessians
+    assert last == f"GGUF: {command} --hessians hessians.safetensors"
 
 
 BAD = {
     "budget": (["--budget", "1kB"], "a budget of 1,000 bytes is too small: these specs need"),
     "bits": (["--bits", "1"], "1 bits a weight are too few: these specs need 1.75 at least"),
+    "types": (["--bits", "4", "--format", "gguf"], "no prices of ggml's types; make them with: pytest benchmarks/"),
     "keep": (["--bits", "4", "--keep", "mpl"], "unknown tensor class to keep 'mpl'; did you mean mlp"),
 }
 

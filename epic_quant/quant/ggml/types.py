@@ -18,6 +18,7 @@ from epic_quant.quant.formats import Format, check_finite, format_named
 from epic_quant.quant.ggml.fitting import Levels, fit_scales, fit_scales_and_minima
 from epic_quant.quant.ggml.layout import Bits, EightPairs, Field, Joined, Signed, Trits, read_fp16, write_fp16
 from epic_quant.quant.gptq import Hessian
+from epic_quant.quant.grouped import GroupedFormat
 from epic_quant.quant.scales import SCALE_DTYPE
 from epic_quant.quant.stored import StoredMatrix, bits_per_weight, row_chunks
 from epic_quant.spec import FORMATS as SPEC_FORMATS
@@ -115,10 +116,7 @@ class BlockFormat(Format):
         weights = None if importance is None else grouped(importance.expand(weight.shape))
         has_minima = self.groups is not None and self.groups.min_at is not None
         fitted = (fit_scales_and_minima if has_minima else fit_scales)(x, weights, self.levels, multiples)
-        codes = self.levels.encode(fitted.levels).permute(2, 1, 0).flatten(1)
-        blocks = torch.zeros(len(codes), self.info.block_nbytes, dtype=torch.uint8, device=weight.device)
-        self.codes.write(blocks, codes)
-        write_fp16(blocks, self.scale_at, fitted.scale)
+        blocks = self.join(self.levels.encode(fitted.levels).permute(2, 1, 0).flatten(1), fitted.scale)
         if self.groups is not None:
             numbers = fitted.multiples - multiples[0]
             if self.groups.min_at is not None:
@@ -126,6 +124,13 @@ class BlockFormat(Format):
                 write_fp16(blocks, self.groups.min_at, fitted.min_scale)
             self.groups.field.write(blocks, numbers.T.to(torch.uint8))
         return blocks.view(len(weight), -1)
+
+    def join(self, codes: Tensor, scale: Tensor) -> Tensor:
+        """Blocks [n, block bytes] of their codes [n, weights] uint8 and fp16 scales [n]; the rest of them is zero."""
+        blocks = torch.zeros(len(codes), self.info.block_nbytes, dtype=torch.uint8, device=codes.device)
+        self.codes.write(blocks, codes)
+        write_fp16(blocks, self.scale_at, scale)
+        return blocks
 
     def decode(self, blocks: Tensor) -> Tensor:
         """Rows of blocks, uint8 [rows, row bytes], to fp32 [rows, cols], rounded as ggml's own decoder rounds."""
@@ -227,6 +232,21 @@ class BlockMatrix:
 
     def _decoded(self, rows: slice) -> Tensor:
         return self._format.decode(self.blocks[rows])
+
+
+def as_blocks(matrix: StoredMatrix) -> Tensor:
+    """The blocks [rows, row bytes] of a matrix whose spec has a `ggml_type`, with the same values bit for bit."""
+    tensors = matrix.tensors()
+    if "blocks" in tensors:
+        return tensors["blocks"]
+    assert matrix.spec.ggml_type is not None
+    source, target = format_named(matrix.spec.format), format_named(matrix.spec.ggml_type)
+    assert isinstance(source, GroupedFormat)
+    assert isinstance(target, BlockFormat)
+    rows, cols = matrix.shape
+    # Both count levels from the least.
+    codes = source.packing.unpack(tensors["packed"], cols).reshape(-1, target.info.block_size)
+    return target.join(codes, tensors["scale"].flatten()).view(rows, -1)
 
 
 def _signed(bits: int) -> Levels:
