@@ -12,7 +12,7 @@ from epic_quant.gemma4.model import Forward, attention_masks, begin, rope_tables
 from epic_quant.gemma4.weights import CheckpointWeights
 from epic_quant.metrics import relative_l2
 from epic_quant.plan import plan_forwards, plan_quantizing
-from epic_quant.policy import PolicyWeights
+from epic_quant.policy import weights_of
 from epic_quant.records.subjects import BlockRecord
 
 # A fast block's rounds fill this time; a slow one's, as on a large model, are pytest-benchmark's five at least.
@@ -84,7 +84,7 @@ def block_weights(run, block_inputs, hessians_for):
         key = (policy, layer_type)
         if key not in latest:
             latest.clear()
-            weights = PolicyWeights(run.checkpoint, policy, hessians_for(*policy.weight_specs))
+            weights = weights_of(run.checkpoint, policy, hessians_for(*policy.weight_specs))
             latest[key] = weights.layer(block_inputs[layer_type].spec.index)
         return latest[key]
 

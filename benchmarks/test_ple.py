@@ -533,7 +533,7 @@ GUARD_TOKENS = 256
 
 def guarded_pairs(run):
     """Every guarded class with each spec of the ladder and of all policies, where it fits and needs no Hessians."""
-    policies = [*NAMED.values(), *run.policies.values()]
+    policies = [*NAMED.values(), *(policy for policy in run.policies.values() if policy.file is None)]
     asked = [(part, policy.class_spec(part)) for policy in policies for part in GUARDED]
     pairs = dict.fromkeys([*((part, WeightSpec.parse(spec)) for part in GUARDED for spec in GUARD_SPECS), *asked])
     return [

@@ -168,7 +168,7 @@ def record_quality(run, record, benchmark):
                 nbytes=sum(
                     tensor_nbytes(policy, tensor) for tensor in expected_tensors(run.config) if not tensor.unused
                 ),
-                spec=policy,
+                spec=policy.without_folder,
                 parts=parts,
                 num_tokens=num_tokens,
                 resumed_after=evaluation.resumed_after,

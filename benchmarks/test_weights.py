@@ -9,11 +9,12 @@ from statistics import mean
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from epic_quant.gemma4.config import TextConfig
 from epic_quant.gemma4.tensors import expected_tensors
 from epic_quant.metrics import decibels, kurtosis, relative, relative_l2, squared_norm, squared_output_norm
-from epic_quant.policy import spec_of
+from epic_quant.policy import spec_of, weights_of
 from epic_quant.quant import lloyd_max_rel_l2, quantize
 from epic_quant.records.subjects import GAUSSIAN, LadderRecord, SyntheticRecord, WeightsRecord
 from epic_quant.spec import TensorClass, WeightSpec
@@ -62,6 +63,26 @@ def _measure(specs, tensors, hessians):
     return metrics, by_tensor
 
 
+@pytest.fixture(scope="session")
+def file_errors(run, class_tensors):
+    """As `errors`, of a published file's tensors: the error of the same rows as it holds them."""
+
+    @cache
+    def measure(policy, tensor_class):
+        weights = weights_of(run.checkpoint, policy)
+        error = norm = nbytes = numel = 0
+        by_tensor = {}
+        for tensor, (name, weight) in zip(run.tensors_of(tensor_class), class_tensors(tensor_class), strict=True):
+            tensor_error = squared_norm(weights.rows(name, run.sampled_ids(tensor)).float() - weight.float())
+            tensor_norm = squared_norm(weight)
+            by_tensor[name] = relative(tensor_error, tensor_norm)
+            error, norm = error + tensor_error, norm + tensor_norm
+            nbytes, numel = nbytes + weights.nbytes(name), numel + math.prod(tensor.shape)
+        return {"rel_l2": relative(error, norm), "bits_per_weight": 8 * nbytes / numel, "nbytes": nbytes}, by_tensor
+
+    return measure
+
+
 def as_read(hessians, name):
     """A tensor's Hessian for what is timed: with nothing made of it yet."""
     return hessians[name].read() if name in hessians else None
@@ -75,10 +96,14 @@ def timed_weight(class_tensors, tensor_class):
 
 
 @pytest.mark.parametrize("op", ["quantize", "dequantize"])
-def test_weights(op, policy, tensor_class, run, errors, hessians_for, timed_weight, record, benchmark):
+def test_weights(op, policy, tensor_class, run, errors, file_errors, hessians_for, timed_weight, record, benchmark):
     """Relative L2 over every tensor of the class in every layer; then one tensor's conversion is timed."""
+    if policy.file is not None and op == "quantize":
+        pytest.skip("a published file is quantized already")
     specs = tuple(spec_of(policy, tensor) for tensor in run.tensors_of(TensorClass(tensor_class)))
-    metrics, tensors = errors(specs, TensorClass(tensor_class))
+    by_file = policy.file is not None
+    part = TensorClass(tensor_class)
+    metrics, tensors = file_errors(policy, part) if by_file else errors(specs, part)
     assert math.isfinite(metrics["rel_l2"])
     name, weight = timed_weight
     record(
@@ -89,9 +114,15 @@ def test_weights(op, policy, tensor_class, run, errors, hessians_for, timed_weig
             op=op,
             **metrics,
             bytes_read=weight.nbytes,  # what either way must move at least, in bf16 so that formats compare
-            tensors=tensors if op == "quantize" else {},
+            tensors=tensors if by_file or op == "quantize" else {},
         )
     )
+    if by_file:
+        stored = weights_of(run.checkpoint, policy).get(name)
+        stored = stored[: len(weight)] if isinstance(stored, Tensor) else stored.rows(torch.arange(len(weight)))
+        timed = partial(stored.to if isinstance(stored, Tensor) else stored.dequantize, torch.bfloat16)
+        benchmark.pedantic(timed, rounds=3, warmup_rounds=1)
+        return
     timed = partial(quantize, weight, specs[0], as_read(hessians_for(specs[0]), name))
     if op == "dequantize":
         timed = partial(timed().dequantize, torch.bfloat16)

@@ -62,14 +62,17 @@ def reports_errors(main: _Main) -> Callable[..., int]:
 
 
 def policy_of(text: str) -> PolicySpec:
-    """The policy that an argument gives: its name, its string, or `@FILE` with a name or string in that file.
+    """The policy that an argument gives: its name, its string, `[NAME=]file:PATH`, or `@FILE` with one of them in it.
 
     In a file, white space and line breaks are ignored. The policy gets the file's name without its suffix.
     Raises SpecError where the file cannot be read, is empty or has the name of another policy, and as
     `PolicySpec.parse`.
     """
     if not text.startswith("@"):
-        return PolicySpec.parse(text)
+        policy = PolicySpec.parse(text)
+        if policy.file is not None:
+            _check_name(policy, text, f"name it, as OTHER=file:{policy.file}")
+        return policy
     path = user_path(text[1:])
     try:
         content = "".join(read_text(path).split())
@@ -83,9 +86,14 @@ def policy_of(text: str) -> PolicySpec:
         policy = PolicySpec.parse(content).renamed(path.stem)
     except SpecError as error:
         raise SpecError(f"{path}: {error}") from error
-    if policy.name == NOISE_FLOOR or NAMED.get(policy.name, policy) != policy:
-        raise SpecError(f"{path}: {policy.name} is the name of another policy; rename the file")
+    _check_name(policy, str(path), "rename the file")
     return policy
+
+
+def _check_name(policy: PolicySpec, source: str, remedy: str) -> None:
+    """Raise SpecError where a policy is called as another one."""
+    if policy.name == NOISE_FLOOR or NAMED.get(policy.name, policy) != policy:
+        raise SpecError(f"{source}: {policy.name} is the name of another policy; {remedy}")
 
 
 def print_text(text: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from epic_quant import kv
 from epic_quant.gemma4.config import TextConfig
 from epic_quant.gemma4.tensors import TextTensor, expected_tensors
-from epic_quant.policy import row_nbytes, tensor_nbytes
+from epic_quant.policy import tensor_nbytes
 from epic_quant.spec import KV_CACHE, PolicySpec, TensorClass
 
 # The part of the original's published table that each tensor class is counted in.
@@ -54,11 +54,10 @@ def as_published(policy: PolicySpec, config: TextConfig) -> dict[str, int]:
         if tensor.tensor_class in PUBLISHED_PARTS:
             part = PUBLISHED_PARTS[tensor.tensor_class]
             parts[part] = parts.get(part, 0) + tensor_nbytes(policy, tensor)
-    if not config.ple_dim:
-        return parts
-    rows = policy.ple.resident_rows(config.ple_vocab_size)
-    hot = rows * row_nbytes(policy.class_spec(TensorClass.PLE_TABLE), config.num_layers * config.ple_dim)
-    return parts | {"ple_hot": round(hot)}
+        elif tensor.tensor_class is TensorClass.PLE_TABLE:
+            rows = tensor.shape[0]
+            parts["ple_hot"] = tensor_nbytes(policy, tensor) // rows * policy.ple.resident_rows(rows)
+    return parts
 
 
 def unused_nbytes(config: TextConfig) -> int:

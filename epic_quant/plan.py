@@ -70,11 +70,11 @@ def plan_steps(config: TextConfig, tokens: int) -> float:
 
 
 def plan_quantizing(config: TextConfig, policies: Iterable[PolicySpec], layers: Collection[int | None]) -> float:
-    """Seconds of quantizing these layers' matrices (None: those of no layer) under each of the policies."""
+    """Seconds of quantizing these layers' matrices (None: those of no layer) under each policy without a file."""
     tensors = [tensor for tensor in expected_tensors(config) if tensor.layer in layers and not tensor.unused]
     numel: Counter[WeightSpec] = Counter()
     for policy in policies:
-        for tensor in tensors:
+        for tensor in tensors if policy.file is None else ():
             if (spec := spec_of(policy, tensor)) not in (None, BF16):
                 assert spec is not None
                 numel[spec] += math.prod(tensor.shape)
@@ -99,7 +99,8 @@ def plan_kv(spec: KVSpec, layer: LayerSpec, tokens: int, step: int) -> tuple[flo
 def plan(config: TextConfig, policies: Iterable[PolicySpec], sampled_rows: int | None) -> list[str]:
     """Lines for people: the weights to quantize under each scheme, and the time, RAM and disk that this takes."""
     matrices = [tensor for tensor in expected_tensors(config) if tensor.tensor_class is not None and not tensor.unused]
-    stored = {(spec_of(policy, tensor), tensor) for policy in policies for tensor in matrices}
+    own = [policy for policy in policies if policy.file is None]
+    stored = {(spec_of(policy, tensor), tensor) for policy in own for tensor in matrices}
     quantized = {(spec, tensor) for spec, tensor in stored if spec is not None and spec != BF16}
     pairs = {(spec, tensor.tensor_class) for spec, tensor in quantized}
     lines, total_s = [], 0.0

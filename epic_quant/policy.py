@@ -15,6 +15,7 @@ from epic_quant.gemma4.config import TextConfig
 from epic_quant.gemma4.tensors import TextTensor, expected_tensors
 from epic_quant.gemma4.weights import CheckpointWeights, Weights
 from epic_quant.kv import layer_nbytes
+from epic_quant.published import PublishedWeights, open_published
 from epic_quant.quant import Hessian, Weight, quantize
 from epic_quant.quant.stored import row_chunks
 from epic_quant.spec import BF16, KVSpec, PolicySpec, WeightSpec
@@ -88,27 +89,55 @@ class PolicyWeights(Weights):
             raise QuantizationError(f"{place or name}: {error}") from error
 
 
+def weights_of(checkpoint: Checkpoint, policy: PolicySpec, hessians: Mapping[str, Hessian] | None = None) -> Weights:
+    """The weights of a policy: the checkpoint's, stored as it says, or a published file's. Raises as both do."""
+    if policy.file is None:
+        return PolicyWeights(checkpoint, policy, hessians)
+    config = TextConfig.read(checkpoint)
+    check(policy, config)
+    return PublishedWeights(open_published(policy.file), config)
+
+
+def opened(policy: PolicySpec, config: TextConfig) -> PolicySpec:
+    """The policy with the specs that its published file holds; itself where it has none.
+
+    Raises as `open_published`, and ConfigError or CheckpointError where the file is not of such a model.
+    """
+    if policy.file is None:
+        return policy
+    file = open_published(policy.file)
+    file.check(config)
+    return replace(policy, weights=tuple(file.specs(config).items()))
+
+
 def spec_of(policy: PolicySpec, tensor: TextTensor) -> WeightSpec | None:
     """The spec that a tensor is stored in; None where it is in no class (norms, scalars) and stays as it is."""
-    return None if tensor.target is None else policy.spec_of(tensor.target)
+    if tensor.target is None:
+        return None
+    if policy.file is None:
+        return policy.spec_of(tensor.target)
+    found = open_published(policy.file).tensors.get(tensor.name)
+    return None if found is None else found.spec
 
 
 def check(policy: PolicySpec, config: TextConfig) -> None:
     """Raise SpecError where a policy does not fit the model.
 
     That is a layer or kind of tensor that the model does not have, a group or block that does not divide the rows, or a
-    KV spec that does not fit the heads.
+    KV spec that does not fit the heads. A policy of a published file raises as `opened`.
     """
+    if policy.file is not None and policy.weights not in ((), opened(policy, config).weights):
+        raise SpecError(f"{policy.name}: {policy.file} does not hold what this policy says of its weights")
     tensors = [tensor for tensor in expected_tensors(config) if tensor.target is not None]
     there = {wider for tensor in tensors if tensor.target is not None for wider in tensor.target.covering}
-    for target, spec in policy.weights:
+    for target, spec in policy.weights if policy.file is None else ():
         if target not in there and (target.kind is not None or target.layer is not None):
             raise SpecError(f"{target}={spec}: this model of {config.num_layers} layers has no such tensor")
     for layer, kv in policy.kv_layers:
         if not 0 <= layer < config.num_layers:
             raise SpecError(f"kv@{layer}={kv}: this model has layers 0 to {config.num_layers - 1}")
     for tensor in tensors:
-        found = spec_of(policy, tensor)
+        found = spec_of(policy, tensor) if policy.file is None else None
         if found is not None and (misfit := found.misfit(tensor.shape[1])):
             raise SpecError(f"{found}: {misfit} ({tensor.name})")
     own = dict(policy.kv_layers)
@@ -128,7 +157,13 @@ def check_kv(spec: KVSpec, config: TextConfig) -> None:
 
 
 def tensor_nbytes(policy: PolicySpec, tensor: TextTensor) -> int:
-    """Bytes of one tensor under a policy, from its shape alone; what is in no class counts as bf16."""
+    """Bytes of one tensor under a policy, from its shape alone; what is in no class counts as bf16.
+
+    Of a published file, what it has of the tensor.
+    """
+    if policy.file is not None:
+        found = open_published(policy.file).tensors.get(tensor.name)
+        return 0 if found is None else found.nbytes
     spec = spec_of(policy, tensor)
     if spec is None:
         return torch.empty(tensor.shape, dtype=torch.bfloat16, device="meta").nbytes

@@ -25,6 +25,7 @@ LAYERS = {
     "ple": 4,
     "kv": 4,
     "text": 4,
+    "published": 4,
     "values": 4,
     "policy": 5,
     "calibration": 6,

@@ -16,6 +16,7 @@ from epic_quant.export import gguf
 from epic_quant.export.compressed_tensors import CompressedTensors
 from epic_quant.export.gemma import Gemma
 from epic_quant.export.holding import held
+from epic_quant.files import user_path
 from epic_quant.gemma4.config import TextConfig
 from epic_quant.gemma4.tensors import TextTensor
 from epic_quant.policy import PolicyWeights, check
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check(policy, config)
         written = held(policy, config, options.format, file_format.candidates, options.nearest)
         if written.needs_hessians and options.hessians is None:
-            raise SpecError(f"{policy.name}: +gptq needs --hessians; make them with: python -m epic_quant.calibration")
+            raise SpecError(f"{policy.name}: needs --hessians; make them with: python -m epic_quant.calibration")
         hessians = Hessians(options.hessians, checkpoint) if options.hessians else None
         weights = PolicyWeights(checkpoint, written, hessians)
         try:
@@ -124,8 +125,10 @@ def _parser() -> argparse.ArgumentParser:
         help="gguf: one file, for llama.cpp; compressed-tensors: a folder for vLLM and transformers, int4 and int8; "
         "gemma: a folder for transformers, int2, int4 and int8 with a scale for each row",
     )
-    parser.add_argument("out", type=Path, metavar="OUT", help="the file or folder to write")
-    parser.add_argument("--hessians", type=Path, metavar="FILE", help="Hessians of the checkpoint, for +gptq")
+    parser.add_argument("out", type=user_path, metavar="OUT", help="the file or folder to write")
+    parser.add_argument(
+        "--hessians", type=user_path, metavar="FILE", help="Hessians of the checkpoint, for +gptq and +imatrix"
+    )
     parser.add_argument("--nearest", action="store_true", help="take the nearest spec for those that the format lacks")
     parser.add_argument("--config", metavar="FILE", help="config.json, where it is not beside the checkpoint")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json, where it is not beside the checkpoint")

@@ -59,7 +59,7 @@ def text_tensors(checkpoint: Checkpoint, config: TextConfig) -> Mapping[str, str
     found: dict[str, str] = {}
     others: dict[str, str] = {}
     for file_name in checkpoint.names:
-        name = _PREFIX.sub("", file_name)
+        name = without_prefix(file_name)
         if name in found:
             raise CheckpointError(f"{checkpoint.source}: {found[name]} and {file_name} are the same tensor")
         if name in expected:
@@ -83,7 +83,12 @@ def text_tensors(checkpoint: Checkpoint, config: TextConfig) -> Mapping[str, str
 
 def is_head(file_name: str) -> bool:
     """Whether this tensor of a file is a head of its own; in a file that `text_tensors` took, it is the embedding."""
-    return _PREFIX.sub("", file_name) == _HEAD
+    return without_prefix(file_name) == _HEAD
+
+
+def without_prefix(file_name: str) -> str:
+    """A tensor's name without what the class that saved it puts in front."""
+    return _PREFIX.sub("", file_name)
 
 
 # What the weights of the model that others are measured against may be stored in.

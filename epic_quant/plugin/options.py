@@ -59,7 +59,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=[],
         metavar="NAME_OR_STRING",
         help="measure this policy (repeatable; default: all named ones), such as int4-g128 or mlp=int4,ple=lru:5000; "
-        "--policy=@FILE takes it from a file, which names it",
+        "--policy=@FILE takes it from a file, which names it; [NAME=]file:PATH is a published quantized file",
     )
     group.addoption("--context", type=_positive, default=8192, metavar="TOKENS", help="length that the KV cache holds")
     group.addoption(

@@ -27,8 +27,10 @@ from epic_quant.gemma4.weights import CheckpointWeights
 from epic_quant.plan import plan_quality
 from epic_quant.ple.residency import Ids
 from epic_quant.ple.traces import check_trace, load_ids
-from epic_quant.policy import check, check_kv
+from epic_quant.policy import check, check_kv, opened, weights_of
 from epic_quant.prices import CANDIDATES
+from epic_quant.published import PublishedWeights
+from epic_quant.published.source import differences
 from epic_quant.quality import Ablation, Variant, ablations, noise_floor
 from epic_quant.quality.passes import default_memory_nbytes
 from epic_quant.quant import Hessian
@@ -82,7 +84,8 @@ class Run:
         self.config = TextConfig.read(self.checkpoint)
         # Everything is compared with bf16, so it is always included.
         self.policies, self.left_out = {REFERENCE: NAMED[REFERENCE]}, dict[str, str]()
-        self.policies |= self._fitting(asked or NAMED.values(), check, bool(asked))
+        fitting = self._fitting(asked or NAMED.values(), check, bool(asked))
+        self.policies |= {name: opened(policy, self.config) for name, policy in fitting.items()}
         asked_kv = [*map(KVSpec.parse, self.options.kv_policy)]
         self.kv_policies = {"bf16": NAMED_KV["bf16"]}
         self.kv_policies |= self._fitting(asked_kv or NAMED_KV.values(), check_kv, bool(asked_kv))
@@ -176,11 +179,14 @@ class Run:
 
     def sample(self, tensor: TextTensor) -> Tensor:
         """The rows of a matrix whose error is taken: all, or a seeded sample that every scheme shares."""
-        rows = self.sampled_rows
-        if rows is None or tensor.shape[0] <= rows:
-            return self._weights.get(tensor.name)
-        ids = torch.randperm(tensor.shape[0], generator=torch.Generator().manual_seed(SEED))[:rows]
-        return self._weights.rows(tensor.name, ids.sort().values)
+        ids = self.sampled_ids(tensor)
+        every = len(ids) == tensor.shape[0]
+        return self._weights.get(tensor.name) if every else self._weights.rows(tensor.name, ids)
+
+    def sampled_ids(self, tensor: TextTensor) -> Tensor:
+        """The numbers of these rows."""
+        rows = min(self.sampled_rows or tensor.shape[0], tensor.shape[0])
+        return torch.randperm(tensor.shape[0], generator=torch.Generator().manual_seed(SEED))[:rows].sort().values
 
     def windows(self, num_windows: int, window_tokens: int) -> Tensor:
         """Windows of the evaluation text, int64 [num_windows, window_tokens]; see `text.token_windows`."""
@@ -277,7 +283,8 @@ class Run:
         Ones with `+gptq` or `+imatrix` only where there are Hessians.
         """
         asked = [WeightSpec.parse(text) for text in self.options.price] or CANDIDATES
-        own = (spec for policy in self.policies.values() for spec in sorted(policy.weight_specs, key=str))
+        quantizing = (policy for policy in self.policies.values() if policy.file is None)
+        own = (spec for policy in quantizing for spec in sorted(policy.weight_specs, key=str))
         fitted = self._fits_hessians or bool(self.options.hessians)
         every = dict.fromkeys((*asked, *own))
         return tuple(spec for spec in every if not spec.info.is_plain and (fitted or not spec.needs_hessian))
@@ -401,6 +408,18 @@ class Run:
         return plan_quality(name, self.config, variants, windows, self.window_tokens, self.memory_nbytes)
 
     @cached_property
+    def published_files(self) -> dict[str, list[str]]:
+        """Of each policy that is a published file, its difference from the checkpoint, as lines for people."""
+        reference = CheckpointWeights(self.checkpoint)
+        found = {}
+        for name, policy in self.policies.items():
+            if policy.file is not None:
+                weights = weights_of(self.checkpoint, policy)
+                assert isinstance(weights, PublishedWeights)
+                found[name] = [weights.file.kind, *differences(weights, reference)]
+        return found
+
+    @cached_property
     def facts(self) -> dict[str, Any]:
         """The facts of this run that the report needs besides its records."""
         return {
@@ -415,7 +434,8 @@ class Run:
             },
             "layer_types": [layer.layer_type for layer in self.config.layers],
             "policies": list(self.policies),
-            "policy_strings": {name: str(policy) for name, policy in self.policies.items()},
+            "policy_strings": {name: str(policy.without_folder) for name, policy in self.policies.items()},
+            "published_files": self.published_files,
             "versions": {"epic_quant": __version__, "python": platform.python_version(), **_library_versions()},
             "cpu": machine.cpu_name(),
             "threads": torch.get_num_threads(),
@@ -462,7 +482,10 @@ def _check_names(policies: Iterable[PolicySpec]) -> None:
     by_name: dict[str, PolicySpec] = {}
     for policy in policies:
         if by_name.setdefault(policy.name, policy) != policy:
-            raise SpecError(f"--policy: two different policies are called {policy.name}; rename one of the files")
+            raise SpecError(
+                f"--policy: two different policies are called {policy.name}; rename one of the files, or write "
+                "OTHER=file:PATH"
+            )
 
 
 def _library_versions() -> dict[str, str]:

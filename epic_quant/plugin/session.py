@@ -67,7 +67,9 @@ def runs_benchmarks(config: pytest.Config) -> bool:
 
 def facts(config: pytest.Config) -> dict[str, Any]:
     """The run's facts, with the command line, without the folders of the machine in front of file names."""
-    shortened = (re.sub(r"(^@?|=@?)(/|[A-Za-z]:\\)[^=]*[/\\]", r"\1", word) for word in config.invocation_params.args)
+    shortened = (
+        re.sub(r"(^@?|=@?|\bfile:)(/|[A-Za-z]:\\)[^=]*[/\\]", r"\1", word) for word in config.invocation_params.args
+    )
     return run_of(config).facts | {"arguments": shlex.join(["pytest", *shortened])}
 
 
@@ -86,6 +88,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         computes,
         f"checkpoint: {kind}, {run.nbytes / 1e6:,.1f} MB, {run.config.num_layers} layers",
         f"policies: {', '.join(run.policies)}",
+        *(f"published: {name}, {'; '.join(lines)}" for name, lines in run.published_files.items()),
         *(f"left out: {name}, {reason}" for name, reason in run.left_out.items()),
         f"errors on: {'all rows' if rows is None else f'{rows} rows of each tensor (--rows)'}",
     ]

@@ -47,7 +47,7 @@ class Needs(NamedTuple):
     state: int  # its states, to the end
     start: StartKey  # what comes before the first layer
     table: tuple[torch.dtype, TensorKey]  # the embedding, for the head
-    stored: frozenset[tuple[TextTensor, WeightSpec]]  # what is quantized of the layers
+    stored: frozenset[tuple[TextTensor, TensorKey]]  # what is quantized of the layers
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Memory:
         distinct = min(self._tokens, self.config.vocab_size)
         return distinct * self.config.num_layers * self.config.ple_dim * 4 * 2
 
-    def _layer_nbytes(self, stored: Collection[tuple[TextTensor, WeightSpec]]) -> int:
+    def _layer_nbytes(self, stored: Collection[tuple[TextTensor, TensorKey]]) -> int:
         """The largest layer decoded to fp32 and quantized, a byte a weight; and what a batch of windows needs in it."""
         quantized = dict.fromkeys(range(self.config.num_layers), 0)
         for tensor, _ in stored:
@@ -182,12 +182,13 @@ def quantized_numel(variants: Sequence[Variant], config: TextConfig) -> dict[Wei
     """Weights that a pass quantizes under each spec: a tensor once, however many variants share it.
 
     Of tables that is every row, for the head, and none for the PLE table, of which only the text's rows are taken.
+    Published files are quantized already.
     """
     found: dict[WeightSpec, int] = {}
     for tensors in matrices(config).values():
         for tensor in tensors:
             if tensor.tensor_class is not TensorClass.PLE_TABLE:
-                for spec in {variant.key(tensor) for variant in variants} - {None}:
-                    assert spec is not None
-                    found[spec] = found.get(spec, 0) + math.prod(tensor.shape)
+                for key in {variant.key(tensor) for variant in variants}:
+                    if isinstance(key, WeightSpec):
+                        found[key] = found.get(key, 0) + math.prod(tensor.shape)
     return found

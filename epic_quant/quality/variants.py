@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple, TypeVar
 
@@ -14,12 +14,14 @@ from epic_quant.errors import SpecError
 from epic_quant.gemma4.config import LayerSpec, TextConfig
 from epic_quant.gemma4.tensors import TextTensor, expected_tensors
 from epic_quant.gemma4.weights import Weights
-from epic_quant.policy import PolicyWeights, check, spec_of
+from epic_quant.policy import check, opened, spec_of, weights_of
+from epic_quant.published import open_published
 from epic_quant.quant import Hessian
 from epic_quant.spec import BF16, NAMED, NOISE_FLOOR, REFERENCE, LayerKVSpec, PolicySpec, TensorClass, WeightSpec
 
-# Equal for two variants that store a tensor alike; None where it is as the checkpoint has it.
-TensorKey = WeightSpec | None
+# Equal for two variants that store a tensor alike: a published file's path, or a spec; None where it is as the
+# checkpoint has it.
+TensorKey = WeightSpec | str | None
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,17 @@ class Variant:
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
-        return f"{self.policy}; {str(self.dtype).removeprefix('torch.')}"
+        file = "" if self.policy.file is None else f"; {open_published(self.policy.file).fingerprint}"
+        return f"{self.policy}; {str(self.dtype).removeprefix('torch.')}{file}"
 
     def weights(self, checkpoint: Checkpoint, hessians: Mapping[str, Hessian]) -> Weights:
         """The weights that it computes with."""
-        return PolicyWeights(checkpoint, self.policy, hessians)
+        return weights_of(checkpoint, self.policy, hessians)
 
     def key(self, tensor: TextTensor) -> TensorKey:
         """How it stores a tensor: variants with equal keys hold the same."""
+        if self.policy.file is not None:
+            return self.policy.file
         spec = spec_of(self.policy, tensor)
         return None if spec == BF16 else spec
 
@@ -65,6 +70,7 @@ def with_reference(policies: Mapping[str, PolicySpec | Variant], config: TextCon
         variant = policy if isinstance(policy, Variant) else Variant(policy)
         try:
             check(variant.policy, config)
+            variant = replace(variant, policy=opened(variant.policy, config))
         except SpecError as error:
             raise SpecError(f"{name}: {error}") from error
         if name == REFERENCE and signature(variant, config) != signature(variants[REFERENCE], config):

@@ -89,7 +89,9 @@ def not_finite(row: int) -> QuantizationError:
 
 @functools.cache
 def format_named(name: str) -> Format:
-    """The implementation of a format in `spec.FORMATS`."""
+    """The implementation of a format in `spec.FORMATS`; QuantizationError where only published files have it."""
+    if name not in FORMATS:
+        raise QuantizationError(f"{name} is only read from published files")
     module = importlib.import_module(f"epic_quant.quant.{FORMATS[name].module}")
     found: Format = next(one for one in module.FORMATS if one.name == name)
     return found

@@ -98,7 +98,12 @@ class Prices:
         return self.cost(priced.derivatives[priced.index(candidate)])
 
     def predict(self, policy: PolicySpec) -> Prediction:
-        """What a policy does to the predictions. Raises SpecError where it has a spec that was not priced."""
+        """What a policy does to the predictions.
+
+        Raises SpecError where it has a spec that was not priced, or the weights of a published file, which are not.
+        """
+        if policy.file is not None:
+            raise SpecError(f"{policy.name}: a published file's weights have no prices; measure it")
         total = np.zeros(self._num_tokens, dtype=np.float64)
         alone = 0.0
         for priced, candidate in self.stored(policy):

@@ -4,7 +4,7 @@ Each spec is frozen, hashable and picklable, and has one grammar: `parse` and `s
 such a text apart.
 """
 
-from epic_quant.spec.formats import FORMATS, FormatInfo
+from epic_quant.spec.formats import FORMATS, PUBLISHED, FormatInfo
 from epic_quant.spec.kv import NAMED_KV, KVSpec, KVStorageSpec, LayerKVSpec, PCASpec
 from epic_quant.spec.layers import format_layers, parse_layers
 from epic_quant.spec.ple import RESIDENCIES, PLESpec
@@ -20,6 +20,7 @@ __all__ = [
     "NAMED",
     "NAMED_KV",
     "NOISE_FLOOR",
+    "PUBLISHED",
     "REFERENCE",
     "RESIDENCIES",
     "FormatInfo",

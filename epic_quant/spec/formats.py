@@ -16,6 +16,7 @@ class FormatInfo:
     scales_per_group: int = 1  # 2 where a group has a zero point as well; 0 where there are no groups to choose
     block_size: int = 1  # weights of a row that lie together in `block_nbytes` bytes; 1 where a row has no blocks
     block_nbytes: int = 0
+    is_published: bool = False  # found in published files, and not stored in here
 
     @property
     def has_groups(self) -> bool:
@@ -57,3 +58,33 @@ _ROWS = (
     *(FormatInfo(name, "ggml", levels, 0, size, nbytes) for name, (levels, size, nbytes) in _GGML.items()),
 )
 FORMATS: Mapping[str, FormatInfo] = {row.name: row for row in _ROWS}
+
+# ggml's types that gguf-py decodes, as above; the levels of those with codebooks of vectors are those of one weight.
+_GGML_PUBLISHED = {
+    "q4_1": (16, 32, 20),
+    "q5_1": (32, 32, 24),
+    "iq4_xs": (16, 256, 136),
+    "iq3_s": (16, 256, 110),
+    "iq3_xxs": (16, 256, 98),
+    "iq2_s": (6, 256, 82),
+    "iq2_xs": (6, 256, 74),
+    "iq2_xxs": (6, 256, 66),
+    "iq1_m": (3, 256, 56),
+    "iq1_s": (3, 256, 50),
+    "mxfp4": (16, 32, 17),
+    "nvfp4": (16, 64, 36),
+}
+
+_PUBLISHED_ROWS = (
+    FormatInfo("f16", "plain", 1 << 16, scales_per_group=0, is_published=True),
+    FormatInfo("f32", "plain", 1 << 32, scales_per_group=0, is_published=True),
+    *(FormatInfo(name, "ggml", *row[:1], 0, *row[1:], is_published=True) for name, row in _GGML_PUBLISHED.items()),
+    *(FormatInfo(f"ct_int{bits}", "compressed-tensors", 1 << bits, is_published=True) for bits in range(2, 9)),
+    *(FormatInfo(f"ct_uint{bits}", "compressed-tensors", 1 << bits, 2, is_published=True) for bits in range(2, 9)),
+    FormatInfo("ct_float8", "compressed-tensors", 256, is_published=True),
+    *(FormatInfo(f"gemma_int{bits}", "gemma", 1 << bits, is_published=True) for bits in (2, 4, 8)),
+    *(FormatInfo(f"mlx{bits}", "MLX", 1 << bits, 2, is_published=True) for bits in (2, 3, 4, 5, 6, 8)),
+)
+
+# What only published files hold.
+PUBLISHED: Mapping[str, FormatInfo] = {row.name: row for row in _PUBLISHED_ROWS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,6 +23,11 @@ KV_CACHE = "kv_cache"
 
 _CLASSES = tuple(TensorClass)
 
+# `[NAME=]file:PATH`, and what may follow: a comma in a path is part of it unless a key of a policy stands there.
+_FILE = re.compile(
+    rf"(?:(?P<name>[^=,]+)=)?file:(?P<path>.*?)(?P<rest>(?:,(?:kv|ple|{'|'.join(_CLASSES)})[.\w@+-]*=.*)?)", re.DOTALL
+)
+
 
 @dataclass(frozen=True)
 class PolicySpec:
@@ -30,7 +36,8 @@ class PolicySpec:
     `weights` are the given specs by target, `kv_layers` the KV specs of layers that have one of their own. A narrower
     target overrides a wider one: a kind of tensor its class, layers all layers, and a kind the layers of its class.
     What is given but changes nothing is left out, so two policies that store the same are equal; `name` is only for
-    people. Raises SpecError for an unknown target.
+    people. With `file`, the weights are those of this published file, and the specs say what it holds once it was
+    opened. Raises SpecError for an unknown target, and for a format that only such files have.
     """
 
     name: str = field(compare=False)
@@ -38,11 +45,14 @@ class PolicySpec:
     kv: KVSpec = field(default_factory=KVSpec)
     ple: PLESpec = field(default_factory=PLESpec)
     kv_layers: tuple[tuple[int, KVSpec], ...] = ()
+    file: str | None = None
 
     def __post_init__(self) -> None:
         given = dict(self.weights)
-        for target in given:
+        for target, spec in given.items():
             _check_target(target)
+            if spec.info.is_published and self.file is None:
+                raise SpecError(f"{target}={spec}: {spec.format} is only read from published files (file:PATH)")
         # From wide to narrow: a spec is kept where it differs from what would hold without it.
         kept: dict[Target, WeightSpec] = {}
         for target in sorted(given, key=_width):
@@ -77,17 +87,25 @@ class PolicySpec:
         """Read a named policy, or `class=spec,…,kv=…,ple=…`; `str` is the inverse.
 
         `mlp.down_proj=spec` is for one kind of a class's tensors, `mlp@0-5+8=spec` and `mlp.down_proj@3=spec` for those
-        layers alone, and so is `kv@3=spec`. Raises SpecError on an unknown name, class, kind or format, with the near
-        ones, on what is given twice, and on layers that are no numbers.
+        layers alone, and so is `kv@3=spec`. `[NAME=]file:PATH[,kv=…][,ple=…]` are the weights of a published file,
+        which is not opened here. Raises SpecError on an unknown name, class, kind or format, with the near ones, on
+        what is given twice, and on layers that are no numbers.
         """
         if text in NAMED:
             return NAMED[text]
-        if "=" not in text:
+        if published := _FILE.fullmatch(text):
+            if not published["path"].strip():
+                raise SpecError(f"policy {text!r}: expected a path after file:")
+            name, path, rest = published["name"] or _file_name(published["path"]), published["path"], published["rest"]
+            parts = rest.split(",")[1:]
+        elif "=" in text:
+            name, path, parts = text, None, text.split(",")
+        else:
             raise SpecError(unknown("policy", text, NAMED))
         weights: dict[Target, WeightSpec] = {}
         kv: dict[int | None, KVSpec] = {}
         ple: PLESpec | None = None
-        for part in text.split(","):
+        for part in parts:
             key, equals, value = part.partition("=")
             if not equals or not value:
                 raise SpecError(f"policy {text!r}: {part!r} is not of the form class=spec")
@@ -110,10 +128,11 @@ class PolicySpec:
                     weights[target] = WeightSpec.parse(value)
         whole = kv.pop(None, KVSpec())
         own = tuple((layer, spec) for layer, spec in kv.items() if layer is not None)
-        return cls(text, tuple(weights.items()), whole, ple or PLESpec(), own)
+        return cls(name, tuple(weights.items()), whole, ple or PLESpec(), own, path)
 
     def __str__(self) -> str:
-        return ",".join([*self._weight_parts(), *self._kv_parts(), f"ple={self.ple}"])
+        file = [] if self.file is None else [f"file:{self.file}"]
+        return ",".join([*file, *self._weight_parts(), *self._kv_parts(), f"ple={self.ple}"])
 
     def spec_of(self, target: Target) -> WeightSpec:
         """The spec of one tensor, which its class, kind and layer name (kind and layer None for a global)."""
@@ -148,6 +167,11 @@ class PolicySpec:
         """The same under another name."""
         return replace(self, name=name)
 
+    @property
+    def without_folder(self) -> PolicySpec:
+        """The same with the file's name alone: what goes to other people."""
+        return self if self.file is None else replace(self, file=re.split(r"[/\\]", self.file.rstrip("/\\"))[-1])
+
     @cached_property
     def _given(self) -> dict[Target, WeightSpec]:
         return dict(self.weights)
@@ -171,6 +195,12 @@ class PolicySpec:
             layers.setdefault(spec, []).append(layer)
         for spec, numbers in layers.items():
             yield f"kv@{format_layers(numbers)}={spec}"
+
+
+def _file_name(path: str) -> str:
+    """What a file's policy is called by default: its name without its suffix, or its folder's."""
+    name = re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+    return re.sub(r"(-\d{5}-of-\d{5})?\.(gguf|safetensors)$", "", name)
 
 
 def _resolve(given: Mapping[Target, WeightSpec], target: Target) -> WeightSpec:

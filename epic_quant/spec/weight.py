@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from epic_quant.errors import SpecError, unknown
-from epic_quant.spec.formats import FORMATS, FormatInfo
+from epic_quant.spec.formats import FORMATS, PUBLISHED, FormatInfo
 
 MAX_HADAMARD_BLOCK = 4096
 
@@ -37,7 +37,7 @@ class WeightSpec:
     imatrix: bool = False
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
+        if self.format not in FORMATS and self.format not in PUBLISHED:
             raise SpecError(unknown("format", self.format, FORMATS))
         if not self.info.has_groups and (self.group_size is not None or self.hadamard_block or self.gptq):
             how = "values as they are" if self.info.is_plain else f"blocks of {self.info.block_size} weights"
@@ -55,7 +55,8 @@ class WeightSpec:
     def parse(cls, text: str) -> WeightSpec:
         """Read a spec; `str` is the inverse. Raises SpecError for any other text, with the near names."""
         head, *stages = text.split("+")
-        format_name, options = split_format(head, FORMATS)
+        published = head.partition("-")[0] in PUBLISHED
+        format_name, options = split_format(head, PUBLISHED if published else FORMATS)
         group = take(options, f"g({_NUMBER})")
         block = take(stages, f"had({_NUMBER})")
         gptq = take(stages, "(gptq)")
@@ -72,7 +73,7 @@ class WeightSpec:
     @property
     def info(self) -> FormatInfo:
         """The format's row in the table."""
-        return FORMATS[self.format]
+        return FORMATS.get(self.format) or PUBLISHED[self.format]
 
     @property
     def ggml_type(self) -> str | None:

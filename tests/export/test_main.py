@@ -34,7 +34,7 @@ BAD = {
         "embed_tokens.weight: compressed-tensors cannot hold int8; the nearest it has is bf16; ",
     ),
     "misfit": (["--policy", "ple_projections=q4_k", "--format", "gguf"], "q4_k: rows of 32 weights are no multiple"),
-    "hessians": (["--policy", "mlp=int4-g64+gptq", "--format", "compressed-tensors"], "+gptq needs --hessians"),
+    "hessians": (["--policy", "mlp=int4-g64+gptq", "--format", "compressed-tensors"], "needs --hessians"),
     "unknown": (["--policy", "mpl=q4_k", "--format", "gguf"], "unknown tensor class 'mpl'; did you mean ple or mlp"),
 }
 

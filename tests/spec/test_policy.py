@@ -146,3 +146,39 @@ def test_a_wrong_policy_is_one_clear_line(text, message):
         PolicySpec.parse(text)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "file"),
+    [
+        ("file:a/b/model-Q4_K_M.gguf", "model-Q4_K_M", "a/b/model-Q4_K_M.gguf"),
+        ("file:big-00002-of-00003.gguf", "big", "big-00002-of-00003.gguf"),
+        ("file:C:\\models\\x.gguf", "x", "C:\\models\\x.gguf"),
+        ("file:some/folder/", "folder", "some/folder/"),
+        ("file:owner/name-4.5", "name-4.5", "owner/name-4.5"),
+        ("mine=file:a,b=c.gguf", "mine", "a,b=c.gguf"),
+        ("mine=file:x.gguf,kv=int8,ple=lru:5", "mine", "x.gguf"),
+        ("mine=file:x.gguf,mlp=iq2_xxs,mlp.down_proj@0-2+5=ct_uint4-g128", "mine", "x.gguf"),
+    ],
+)
+def test_a_published_file_is_named_and_reads_back(text, name, file):
+    policy = PolicySpec.parse(text)
+    assert (policy.name, policy.file) == (name, file)
+    assert PolicySpec.parse(str(policy)) == policy
+    assert ("kv=int8" in str(policy)) == ("kv=int8" in text)
+    assert policy.without_folder.file in (file, "model-Q4_K_M.gguf", "x.gguf", "folder", "name-4.5")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file:", "expected a path after file:"),
+        ("x=file: ,kv=int8", "expected a path after file:"),
+        ("mlp=iq2_xxs", "iq2_xxs is only read from published files"),
+        ("mlp=mlx4-g64", "mlx4 is only read from published files"),
+        ("file:x.gguf,kv=int99", "int99"),
+    ],
+)
+def test_what_no_file_holds_is_refused(text, message):
+    with pytest.raises(SpecError, match=message):
+        PolicySpec.parse(text)

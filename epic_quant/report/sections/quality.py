@@ -30,6 +30,7 @@ def blocks(run: Run) -> list[Block]:
             "lies below it is noise. ± is one standard error, over tokens as if they were independent."
         ),
         _table(run),
+        *_published(run),
     ]
     if cheaper := proxies(run):
         found += [
@@ -72,6 +73,15 @@ def findings(run: Run) -> list[str]:
     if ranks:
         found.append(f"Spearman's correlation with KL divergence: {'; '.join(ranks)}.")
     return found
+
+
+def _published(run: Run) -> list[Block]:
+    """What is known of each published file beside its matrices."""
+    called = policies.names(run)
+    return [
+        Paragraph(f"{code(called[name])} is a published file, {'; '.join(map(str, lines))}.")
+        for name, lines in (run.facts.get("published_files") or {}).items()
+    ]
 
 
 def _tokens(run: Run) -> str:

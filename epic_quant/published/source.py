@@ -1,0 +1,148 @@
+"""A published file's text tensors, as it stores them, and its difference from the checkpoint that it was made of."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from epic_quant.errors import CheckpointError, ConfigError
+from epic_quant.gemma4.config import TextConfig
+from epic_quant.gemma4.tensors import TextTensor, expected_tensors
+from epic_quant.gemma4.weights import Weights
+from epic_quant.quant import Weight
+from epic_quant.spec import Target, WeightSpec
+
+# Of a value: what one that was rounded to bf16 differs by at most.
+_ROUNDING = 2.0**-8
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in a published file: `nbytes` are of all that stands for it, and `read` maps it."""
+
+    shape: tuple[int, ...]
+    nbytes: int
+    spec: WeightSpec
+    read: Callable[[], Weight]
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """The text tensors of a published file by canonical name, from its headers alone.
+
+    `others` are the names of what is not text, as vision towers; `fingerprint` tells it from other files. `notes` are
+    lines for people: what engines do with it beside its weights.
+    """
+
+    source: str
+    kind: str
+    tensors: Mapping[str, StoredTensor]
+    others: tuple[str, ...]
+    fingerprint: str
+    notes: tuple[str, ...] = ()
+
+    def check(self, config: TextConfig) -> None:
+        """Raise ConfigError where a tensor has another shape than a model of this config, CheckpointError where none.
+
+        So a file of another size of Gemma 4 is refused.
+        """
+        expected = {tensor.name: tensor for tensor in expected_tensors(config)}
+        for name, tensor in expected.items():
+            found = self.tensors.get(name)
+            if found is None:
+                if not tensor.unused:
+                    raise CheckpointError(f"{self.source}: no tensor {name}, which the checkpoint has")
+            elif found.shape != tensor.shape:
+                raise ConfigError(
+                    f"{self.source}: {name} is {list(found.shape)}, the checkpoint's {list(tensor.shape)}; is it a "
+                    "file of another model?"
+                )
+        if extra := sorted(self.tensors.keys() - expected.keys()):
+            raise ConfigError(f"{self.source}: it has {extra[0]}, which the checkpoint has not; is it another model's?")
+
+    def specs(self, config: TextConfig) -> dict[Target, WeightSpec]:
+        """What each matrix in use of a model of this config is stored in; of each class, what most of it is."""
+        found = {
+            tensor.target: self.tensors[tensor.name].spec
+            for tensor in expected_tensors(config)
+            if tensor.target is not None and not tensor.unused
+        }
+        by_class: dict[Target, Counter[WeightSpec]] = {}
+        for target, spec in found.items():
+            by_class.setdefault(Target(target.tensor_class), Counter())[spec] += 1
+        return {target: counted.most_common(1)[0][0] for target, counted in by_class.items()} | found
+
+
+class PublishedWeights(Weights):
+    """A published file's weights, for the config of the checkpoint that it was made of. Raises as `check`."""
+
+    def __init__(self, file: PublishedFile, config: TextConfig) -> None:
+        file.check(config)
+        self.file = file
+        self._config = config
+        self._tensors = {tensor.name: tensor for tensor in expected_tensors(config) if tensor.name in file.tensors}
+
+    @property
+    def config(self) -> TextConfig:
+        """The checkpoint's text config."""
+        return self._config
+
+    @property
+    def tensors(self) -> Mapping[str, TextTensor]:
+        """The text tensors that the file has, by canonical name, unused ones included."""
+        return self._tensors
+
+    def get(self, name: str) -> Weight:
+        """A tensor by its canonical name: plain values as a Tensor in the file's dtype, all else packed."""
+        return self.file.tensors[name].read()
+
+    def rows(self, name: str, ids: Tensor) -> Tensor:
+        """Rows [n, cols] of a matrix, decoded; no other row is read."""
+        weight = self.get(name)
+        ids = ids.reshape(-1).to("cpu", torch.int64)
+        return weight.index_select(0, ids) if isinstance(weight, Tensor) else weight.rows(ids).dequantize()
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor in the file, scales and all."""
+        return self.file.tensors[name].nbytes
+
+
+def differences(published: PublishedWeights, reference: Weights) -> list[str]:
+    """Lines for people: norms and scalars that differ by more than rounding, and tensors that only one of them has."""
+    lines = []
+    vectors = [tensor for tensor in published.tensors.values() if tensor.tensor_class is None]
+    if other := [tensor.name for tensor in vectors if not tensor.unused and _differs(tensor, published, reference)]:
+        lines.append(
+            f"{len(other)} of {len(vectors)} norms and scalars differ from the checkpoint's by more than rounding "
+            f"({_listed(other)}): made from another checkpoint, so its divergence is not its quantization's alone"
+        )
+    if absent := sorted(reference.tensors.keys() - published.tensors.keys()):
+        lines.append(f"{len(absent)} tensors that no layer uses are not in it ({_listed(absent)})")
+    if others := published.file.others:
+        lines.append(f"{len(others)} tensors in it are not the text model's ({_listed(others)})")
+    return [*lines, *published.file.notes]
+
+
+def _differs(tensor: TextTensor, published: Weights, reference: Weights) -> bool:
+    ours, theirs = reference.get(tensor.name), published.get(tensor.name)
+    assert isinstance(ours, Tensor)
+    assert isinstance(theirs, Tensor)
+    return bool(((theirs.double() - ours.double()).abs() > _ROUNDING * ours.double().abs()).any())
+
+
+def _listed(names: list[str] | tuple[str, ...]) -> str:
+    return ", ".join(names[:2]) + (", …" if len(names) > 2 else "")
+
+
+def one_to_one(names: Iterable[tuple[str, str]], source: str) -> dict[str, str]:
+    """Canonical names to the file's. Raises CheckpointError where two names of the file are one tensor."""
+    found: dict[str, str] = {}
+    for canonical, name in names:
+        if canonical in found:
+            raise CheckpointError(f"{source}: {found[canonical]} and {name} are the same tensor")
+        found[canonical] = name
+    return found

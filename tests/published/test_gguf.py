@@ -1,0 +1,207 @@
+"""GGUF files as policies, beside gguf-py's own decoding."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+from torch import Tensor
+
+from epic_quant.errors import CheckpointError, ConfigError, EpicQuantError, SpecError
+from epic_quant.footprint import resident
+from epic_quant.policy import PolicyWeights, check, opened, tensor_nbytes
+from epic_quant.published import open_published
+from epic_quant.published.source import differences
+from epic_quant.quality import evaluate
+from epic_quant.quality.variants import Variant
+from epic_quant.spec import FORMATS, PUBLISHED, PolicySpec
+
+MIXED = "mlp=q4_k,mlp.down_proj@0-3=q6_k,sliding_attention=q5_k,full_attention=q3_k,ple_table=q4_0,embedding=q8_0"
+
+
+def policy_of(path, name="theirs"):
+    return PolicySpec.parse(f"{name}=file:{path}")
+
+
+@pytest.fixture
+def mixed(mini, gguf_of, tmp_path):
+    """A policy of ours, and a file that holds the same."""
+    ours = PolicySpec.parse(MIXED)
+    return ours, gguf_of(PolicyWeights(mini, ours)).write(tmp_path / "model.gguf")
+
+
+def test_a_file_of_our_own_blocks_has_our_policys_bytes_and_divergence(mini, plain, mixed, windows):
+    ours, path = mixed
+    theirs = opened(policy_of(path), plain.config)
+    plain_parts = "ple_model_projection=f32,ple_projections=f32"
+    assert theirs == PolicySpec.parse(f"file:{path},{MIXED},{plain_parts}")
+    found = evaluate(mini, {"ours": ours, "theirs": theirs}, windows)
+    assert found["theirs"] == found["ours"]
+    assert found["ours"].kl_divergence > found["bf16"].kl_divergence == 0
+    for tensor in plain.tensors.values():
+        if tensor.target is not None and not tensor.unused and str(ours.spec_of(tensor.target)) != "bf16":
+            assert tensor_nbytes(theirs, tensor) == tensor_nbytes(ours, tensor)
+    assert resident(theirs, plain.config, 128)["mlp"] == resident(ours, plain.config, 128)["mlp"]
+
+
+KINDS = [Type.Q8_0, Type.Q4_1, Type.Q5_1, Type.MXFP4, Type.F16, Type.BF16]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_matrices_are_what_gguf_py_decodes_bit_for_bit(kind, plain, gguf_of, tmp_path):
+    file = gguf_of(plain, lambda tensor: kind if tensor.target is not None else Type.F32)
+    weights = weights_of_file(file.write(tmp_path / "model.gguf"), plain)
+    for name in ("layers.0.mlp.up_proj.weight", "layers.5.self_attn.o_proj.weight", "embed_tokens_per_layer.weight"):
+        array, _ = file.tensors[name]
+        expected = torch.from_numpy(gguf.dequantize(array, kind).astype(np.float32))
+        stored = weights.get(name)
+        decoded = stored.float() if isinstance(stored, Tensor) else stored.dequantize()
+        assert torch.equal(decoded, expected)
+        ids = torch.tensor([3, 0, 3])
+        assert torch.equal(weights.rows(name, ids).float(), expected[ids])
+        assert weights.nbytes(name) == array.nbytes
+        assert str(weights.file.tensors[name].spec) == kind.name.lower()
+
+
+def weights_of_file(path, plain):
+    from epic_quant.published import PublishedWeights
+
+    return PublishedWeights(open_published(str(path)), plain.config)
+
+
+@pytest.mark.parametrize("name", [name for name, info in PUBLISHED.items() if info.module == "ggml"])
+def test_random_blocks_of_every_other_type_decode_as_gguf_py_does(name, plain, gguf_of, tmp_path):
+    size, nbytes = gguf.GGML_QUANT_SIZES[Type[name.upper()]]
+    assert (PUBLISHED[name].block_size, PUBLISHED[name].block_nbytes) == (size, nbytes)
+    file, tensor = gguf_of(plain), "layers.0.mlp.up_proj.weight"
+    rows, cols = plain.tensors[tensor].shape
+    blocks = np.random.default_rng(0).integers(0, 48, (rows, cols // size * nbytes), dtype=np.uint8)
+    file.tensors[tensor] = blocks, Type[name.upper()]
+    stored = weights_of_file(file.write(tmp_path / "model.gguf"), plain).get(tensor)
+    expected = torch.from_numpy(gguf.dequantize(blocks, Type[name.upper()]))
+    assert expected.isfinite().all()
+    assert torch.equal(stored.dequantize(), expected)
+    x = torch.ones(2, cols, dtype=torch.float64)
+    torch.testing.assert_close(stored.matmul(x), x @ expected.double().T)
+    assert stored.nbytes == blocks.nbytes
+
+
+def test_every_type_that_gguf_py_decodes_is_known():
+    decoded = {kind.name.lower() for kind in gguf.quants._type_traits}
+    assert decoded <= {*FORMATS, *PUBLISHED}
+
+
+def test_a_split_file_is_read_whole_from_any_of_its_parts(plain, gguf_of, tmp_path):
+    gguf_of(plain).write(tmp_path / "model.gguf", shards=40)
+    parts = sorted(tmp_path.glob("model-*-of-*.gguf"))
+    assert len(parts) > 2
+    for part in (parts[0], parts[-1]):
+        weights = weights_of_file(part, plain)
+        assert {name for name, tensor in plain.tensors.items() if not tensor.unused} == set(weights.tensors)
+    assert PolicySpec.parse(f"file:{parts[1]}").name == "model"
+    parts[1].unlink()
+    with pytest.raises(CheckpointError, match=rf"{parts[1].name}: this part is missing"):
+        open_published(str(parts[2]))
+    parts[0].rename(tmp_path / "other.gguf")
+    with pytest.raises(CheckpointError, match="expected a name that ends with -0000N-of-"):
+        open_published(str(tmp_path / "other.gguf"))
+
+
+def test_a_file_from_another_checkpoint_is_told_by_its_norms(plain, gguf_of, tmp_path):
+    file = gguf_of(plain)
+    same = differences(weights_of_file(file.write(tmp_path / "same.gguf"), plain), plain)
+    assert not any("another checkpoint" in line for line in same)
+    norm, kind = file.tensors["layers.3.input_layernorm.weight"]
+    file.tensors["layers.3.input_layernorm.weight"] = norm * np.float32(1.01), kind
+    file.extra["rope_freqs.weight"] = np.ones(8, dtype=np.float32)
+    lines = differences(weights_of_file(file.write(tmp_path / "other.gguf"), plain), plain)
+    assert "1 of " in lines[0]
+    assert "made from another checkpoint" in lines[0]
+    assert "layers.3.input_layernorm.weight" in lines[0]
+    assert any("rope_freqs.weight" in line for line in lines)
+
+
+def test_a_file_does_not_change_what_the_reference_is(mini, plain, gguf_of, tmp_path, windows):
+    """Its norms are its own: the reference, and a policy beside it, keep the checkpoint's."""
+    file = gguf_of(plain)
+    alone = evaluate(mini, {"int4": PolicySpec.parse("mlp=int4")}, windows)
+    exact = policy_of(file.write(tmp_path / "exact.gguf"), "exact")
+    norm, kind = file.tensors["norm.weight"]
+    file.tensors["norm.weight"] = norm * np.float32(1.5), kind
+    scaled = policy_of(file.write(tmp_path / "scaled.gguf"), "scaled")
+    found = evaluate(mini, {"int4": PolicySpec.parse("mlp=int4"), "exact": exact, "scaled": scaled}, windows)
+    assert found["int4"] == alone["int4"]
+    assert found["exact"].kl_divergence == 0
+    assert found["scaled"].kl_divergence > 0
+
+
+@pytest.mark.parametrize("cut", [3, 20, 300, 5000, -40])
+def test_a_truncated_file_is_one_line(cut, plain, gguf_of, tmp_path):
+    path = gguf_of(plain).write(tmp_path / "model.gguf")
+    data = path.read_bytes()
+    path.write_bytes(data[:cut])
+    with pytest.raises(CheckpointError, match=r"truncated|not a GGUF") as raised:
+        open_published(str(path))
+    assert "\n" not in str(raised.value)
+
+
+def damaged(file, change):
+    if change == "architecture":
+        file.architecture = "llama"
+    elif change == "head":
+        file.extra["output.weight"] = np.zeros((4, 256), dtype=np.float32)
+    elif change == "experts":
+        file.extra["blk.0.ffn_gate_inp.weight"] = np.zeros((4, 256), dtype=np.float32)
+    elif change == "missing":
+        del file.tensors["layers.2.mlp.up_proj.weight"]
+    elif change == "shape":
+        file.tensors["layers.2.mlp.up_proj.weight"] = np.zeros((4, 256), dtype=np.float32), Type.F32
+    elif change == "layers":
+        file.extra["blk.40.attn_norm.weight"] = np.zeros(256, dtype=np.float32)
+    elif change == "type":
+        file.tensors["layers.2.mlp.up_proj.weight"] = np.zeros((512, 40 * 8), dtype=np.uint8), Type.Q8_1
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ("architecture", CheckpointError, r"its architecture is 'llama'; expected gemma4"),
+        ("head", CheckpointError, "a head of its own"),
+        ("experts", CheckpointError, r"blk\.0\.ffn_gate_inp\.weight is no tensor of a dense"),
+        ("missing", CheckpointError, r"no tensor layers\.2\.mlp\.up_proj\.weight"),
+        ("shape", ConfigError, r"layers\.2\.mlp\.up_proj\.weight is \[4, 256\], the checkpoint's \[512, 256\]"),
+        ("layers", ConfigError, r"layers\.40\.input_layernorm\.weight, which the checkpoint has not"),
+        ("type", CheckpointError, r"unknown ggml type 'q8_1'; did you mean"),
+    ],
+)
+def test_what_is_no_file_of_this_model_is_refused(change, error, message, plain, gguf_of, tmp_path):
+    file = gguf_of(plain)
+    damaged(file, change)
+    path = file.write(tmp_path / "model.gguf")
+    with pytest.raises(error, match=message):
+        check(policy_of(path), plain.config)
+
+
+def test_a_policy_that_says_something_else_of_its_file_is_refused(plain, mixed):
+    path = mixed[1]
+    with pytest.raises(SpecError, match="does not hold what this policy says"):
+        check(PolicySpec.parse(f"file:{path},mlp=q2_k"), plain.config)
+    check(opened(policy_of(path), plain.config), plain.config)
+
+
+def test_a_changed_file_is_read_anew_and_is_another_variant(plain, gguf_of, tmp_path):
+    file, path = gguf_of(plain), tmp_path / "model.gguf"
+    before = str(Variant(policy_of(file.write(path))))
+    path.unlink()
+    norm, kind = file.tensors["norm.weight"]
+    file.tensors["norm.weight"] = norm * np.float32(2), kind
+    assert str(Variant(policy_of(file.write(path)))) != before
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"hello world"])
+def test_what_is_no_published_file_is_refused(content, tmp_path):
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(EpicQuantError, match=r"^\S+/x: "):
+        open_published(str(tmp_path / "x"))
+    with pytest.raises(EpicQuantError, match="nowhere"):
+        open_published(str(tmp_path / "nowhere"))
