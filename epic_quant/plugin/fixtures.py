@@ -11,7 +11,7 @@ from epic_quant.errors import EpicQuantError
 from epic_quant.plugin.journal import Measured, journal_of
 from epic_quant.plugin.run import Run
 from epic_quant.plugin.session import run_of, runs_benchmarks
-from epic_quant.records import JSON_KEY, SubjectRecord
+from epic_quant.records import FINGERPRINT, JSON_KEY, SubjectRecord
 from epic_quant.spec import REFERENCE, KVSpec, PolicySpec
 
 _ONLY_ASKED = pytest.mark.skip(reason="on a checkpoint over 1 GB only with --prices or --by-layer")
@@ -86,13 +86,13 @@ RecordFunction = Callable[[SubjectRecord], None]
 
 
 @pytest.fixture
-def record(benchmark: Any, request: pytest.FixtureRequest) -> RecordFunction:
-    """`record(BlockRecord(…))` puts a record into the benchmark's JSON; call it before timing."""
+def record(run: Run, benchmark: Any, request: pytest.FixtureRequest) -> RecordFunction:
+    """`record(BlockRecord(…))` puts a record into the benchmark's JSON, with its checkpoint; call it before timing."""
 
     def write(measured: SubjectRecord) -> None:
         made = measured.to_record()
         # pytest-benchmark keeps a reference to this dict, so it is filled and never replaced.
-        benchmark.extra_info[JSON_KEY] = made.to_json()
+        benchmark.extra_info[JSON_KEY] = made.to_json() | {FINGERPRINT: run.checkpoint.fingerprint}
         journal_of(request.config).record(Measured(request.node.nodeid, made, benchmark))
 
     return write

@@ -19,6 +19,9 @@ SCHEMA_VERSION = 2
 # The key of our part of pytest-benchmark's JSON: run facts at the top level, a record in each `extra_info`.
 JSON_KEY = "epic_quant"
 
+# The key of the checkpoint's fingerprint, in the facts' `checkpoint` and beside each record in the JSON.
+FINGERPRINT = "fingerprint"
+
 _SEPARATOR = ", "  # between the values of a label that has several
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 from epic_quant.errors import ReportError, SpecError
 from epic_quant.files import read_text
-from epic_quant.records import JSON_KEY, SCHEMA_VERSION, Record
+from epic_quant.records import FINGERPRINT, JSON_KEY, SCHEMA_VERSION, Record
 from epic_quant.records.subjects import SUBJECTS
 from epic_quant.results.partial import SUFFIX, partial_path, read_partial
 from epic_quant.results.run import Run
@@ -31,8 +31,8 @@ def read_run(path: Path) -> Run:
     """The run that a JSON file holds, or a partial file: see `data_path`.
 
     Raises ReportError on a file that cannot be read, is no JSON or cut off, is not pytest-benchmark's, has no records
-    of epic_quant, is of another schema, has a damaged record, or has the
-    same subject and labels twice, as where the records of two runs were put together.
+    of epic_quant, is of another schema, has a damaged record, or has records
+    of two checkpoints or the same subject and labels twice, as where two runs were put together.
     """
     source = data_path(path)
     return parse_run(read_partial(source) if _is_partial(source) else _json(source), str(source))
@@ -66,6 +66,7 @@ def parse_run(data: Any, name: str) -> Run:
         raise ReportError(f"{name}: holds no records of epic_quant; {HOW_TO_MAKE_ONE}")
     _check_facts(name, facts)
     records = tuple(_record(name, entry) for entry in entries)
+    _check_fingerprints(name, [facts["checkpoint"], *(entry["extra_info"][JSON_KEY] for entry in entries)])
     of_each = Counter((record.subject, tuple(sorted(record.labels.items()))) for record in records)
     for (subject, labels), count in of_each.items():
         if count > 1:
@@ -132,6 +133,16 @@ def _check_facts(name: str, facts: Mapping[str, Any]) -> None:
                 raise TypeError(f"{key} must be an object")
     except TypeError as error:
         raise ReportError(f"{name}: damaged run facts: {error}") from error
+
+
+def _check_fingerprints(name: str, holders: Iterable[Mapping[str, Any]]) -> None:
+    """Raise ReportError where these are of more than one checkpoint; an older epic_quant did not say which."""
+    found = dict.fromkeys(str(one[FINGERPRINT]) for one in holders if one.get(FINGERPRINT) is not None)
+    if len(found) > 1:
+        raise ReportError(
+            f"{name}: has records of {len(found)} checkpoints, whose fingerprints are {', '.join(found)}; "
+            "expected the records of one run"
+        )
 
 
 def _record(name: str, entry: Mapping[str, Any]) -> Record:

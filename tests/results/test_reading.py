@@ -41,6 +41,22 @@ def test_records_of_two_runs_put_together_are_refused_by_what_stands_twice(run_j
     assert "has 2 records of quality policy=bf16; expected the records of one run" in error_of(write_json(data))
 
 
+def test_records_of_two_checkpoints_put_together_are_refused_by_their_fingerprints(run_json, write_json):
+    """Though nothing stands twice; and so are those of one that is not the facts'."""
+    data = run_json("quality", "block")
+    assert read_run(write_json(data)).records  # as an older epic_quant wrote it
+    records = [entry["extra_info"][JSON_KEY] for entry in data["benchmarks"][1:]]
+    for record in records:
+        record["fingerprint"] = data[JSON_KEY]["checkpoint"]["fingerprint"]
+    run = read_run(write_json(data))
+    assert "fingerprint" not in run.records[0].to_json()
+    for of_another in (records[-1:], records):
+        for record in of_another:
+            record["fingerprint"] = "feedbeef"
+        said = error_of(write_json(data))
+        assert "has records of 2 checkpoints, whose fingerprints are 0123abcd, feedbeef; expected" in said
+
+
 def test_the_median_becomes_the_records_time(run_json, write_json):
     run = read_run(write_json(run_json("block")))
     assert run.one(BlockRecord, policy="fp32", layer_type="full_attention", tokens=1).time_s == 0.004
