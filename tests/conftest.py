@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
@@ -23,6 +24,10 @@ from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.gemma4.config import TextConfig
 from epic_quant.gemma4.tensors import expected_tensors
+
+# Times are never asserted: machines are shared.
+settings.register_profile("no_deadline", deadline=None)
+settings.load_profile("no_deadline")
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _FACTS = _REPOSITORY / "benchmarks" / "facts"

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import CheckpointError, TokenError
 from epic_quant.gemma4.weights import CheckpointWeights
 from epic_quant.metrics import squared_output_norm
-from epic_quant.plugin.run import DEFAULT_CHECKPOINT, Run
+from epic_quant.plugin.run import SMALL_MODEL, Run
 from epic_quant.quant import quantize
 from epic_quant.spec import WeightSpec
 from epic_quant.text import token_windows
+
+MINI = Path(__file__).resolve().parents[1] / SMALL_MODEL
 
 WINDOWS = torch.randint(3, 120, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -60,9 +63,9 @@ def test_the_output_error_from_hessians_is_that_of_the_inputs():
 @pytest.fixture(scope="module")
 def mini_model(tmp_path_factory):
     """The trained model's weights of layers, with Hessians of the calibration text and of the evaluation text."""
-    with Checkpoint.open(DEFAULT_CHECKPOINT) as checkpoint:
+    with Checkpoint.open(MINI) as checkpoint:
         weights, folder = CheckpointWeights(checkpoint), tmp_path_factory.mktemp("hessians")
-        paths = [DEFAULT_CHECKPOINT / name for name in ("calibration.txt", "eval.txt")]
+        paths = [MINI / name for name in ("calibration.txt", "eval.txt")]
         found = (
             gather(checkpoint, path, token_windows(checkpoint, path, 4, 256), folder / path.stem) for path in paths
         )
@@ -135,9 +138,9 @@ def test_the_command_line_says_what_is_wrong_in_one_line(toy, text, tmp_path, ca
     assert not (tmp_path / "hessians").exists()
 
 
-def test_calibration_and_evaluation_texts_share_few_lines():
+def test_calibration_and_evaluation_texts_share_few_lines(pytestconfig):
     """Fewer than 1% of the lines of more than 60 bytes are in both files."""
-    texts = [(DEFAULT_CHECKPOINT / name).read_bytes() for name in ("calibration.txt", "eval.txt")]
+    texts = [(pytestconfig.rootpath / SMALL_MODEL / name).read_bytes() for name in ("calibration.txt", "eval.txt")]
     assert hashlib.sha256(texts[0]).digest() != hashlib.sha256(texts[1]).digest()
     calibration, evaluation = ({line for line in text.split(b"\n") if len(line) > 60} for text in texts)
     assert len(calibration & evaluation) < 0.01 * len(evaluation)
@@ -146,8 +149,8 @@ def test_calibration_and_evaluation_texts_share_few_lines():
 def test_hessians_of_the_evaluation_text_are_refused(pytestconfig, tmp_path):
     """Hashes of the two texts are compared, whatever the files are called."""
     copy = tmp_path / "calibration.txt"
-    copy.write_bytes((DEFAULT_CHECKPOINT / "eval.txt").read_bytes())
-    run = Run(pytestconfig.option)
+    copy.write_bytes((pytestconfig.rootpath / SMALL_MODEL / "eval.txt").read_bytes())
+    run = Run(pytestconfig.option, pytestconfig.rootpath)
     run.options = argparse.Namespace(hessians=None, calibration_text=copy, text=None)
     with run.checkpoint, pytest.raises(TokenError, match="calibrated on the evaluation text"):
         run.hessians(tmp_path)

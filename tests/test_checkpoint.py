@@ -182,7 +182,7 @@ def test_rows_of_every_dtype_are_the_rows_of_the_tensor(tmp_path: Path, dtype: t
     assert bits(rows) == b"".join(bits(table[i]) for i in (8, 0, 8))
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, derandomize=True)
 @given(st.lists(st.integers(0, 19), max_size=12))
 def test_rows_are_those_that_numpy_takes(ids: list[int]) -> None:
     table = np.random.default_rng(0).standard_normal((20, 6), dtype=np.float32)
@@ -445,7 +445,7 @@ def test_damaged_file_gets_one_line_that_names_it(tmp_path: Path, content: bytes
 SOUND = save({"a": torch.arange(6, dtype=torch.float32).view(2, 3), "b": torch.arange(3, dtype=torch.int8)})
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 @given(st.integers(0, len(SOUND) - 1), st.integers(0, 255))
 def test_any_changed_byte_is_refused_or_read_as_the_library_reads_it(position: int, byte: int) -> None:
     content = bytearray(SOUND)

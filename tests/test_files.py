@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
@@ -52,7 +52,6 @@ def test_a_folder_that_is_not_there_is_an_error(tmp_path):
         pass
 
 
-@settings(deadline=None)
 @given(
     tensors=st.dictionaries(
         st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda name: name != "__metadata__"),

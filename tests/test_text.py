@@ -126,7 +126,7 @@ WORDS = st.sampled_from(["return", "self", "naïve", "日本", "🙂", "<bos>", 
 SPACES = st.sampled_from([" ", "  ", "\n", "\n\n", "\n    ", "\t", "\u00a0", ""])
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     parts=st.lists(st.tuples(WORDS | st.text(max_size=4), SPACES), max_size=40).map(
         lambda pairs: "".join(word + space for word, space in pairs)

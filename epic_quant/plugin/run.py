@@ -42,9 +42,9 @@ from epic_quant.values import check_values
 
 _Spec = TypeVar("_Spec", PolicySpec, KVSpec)
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-BENCHMARKS = REPOSITORY / "benchmarks"
-DEFAULT_CHECKPOINT = BENCHMARKS / "mini_gemma4"
+# The folder of the benchmarks in the repository, and of the small model in it. The package may be installed elsewhere.
+BENCHMARKS = "benchmarks"
+SMALL_MODEL = f"{BENCHMARKS}/mini_gemma4"
 SEED = 0
 
 # Above this size a checkpoint is large: see `Run.is_large`.
@@ -66,15 +66,19 @@ _PRICE_WINDOWS = 8
 
 
 class Run:
-    """What one benchmark session measures: the checkpoint, its config and the policies."""
+    """What one benchmark session measures: the checkpoint, its config and the policies.
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
+    `repository` has the benchmarks, with the small model and its texts.
+    """
+
+    def __init__(self, options: argparse.Namespace, repository: Path) -> None:
+        self.options, self._repository = options, repository
+        self._small_model = repository / SMALL_MODEL
         self.isa = kernels.isa()
         asked = [command_line.policy_of(text) for text in self.options.policy]
         _check_names(asked)
-        source = DEFAULT_CHECKPOINT if self.options.checkpoint is None else self.options.checkpoint
-        self.is_default = user_path(source).resolve() == DEFAULT_CHECKPOINT
+        source = self._small_model if self.options.checkpoint is None else self.options.checkpoint
+        self.is_default = user_path(source).resolve() == self._small_model.resolve()
         self.checkpoint = Checkpoint.open(
             source,
             config=self.options.config,
@@ -125,7 +129,7 @@ class Run:
     def name(self) -> str:
         """The checkpoint's name. A report goes to other people, so of a path it is only the last part."""
         if self.is_default:
-            return "benchmarks/mini_gemma4"
+            return SMALL_MODEL
         source = Path(self.checkpoint.source)
         return source.name if source.exists() else source.as_posix()
 
@@ -220,12 +224,12 @@ class Run:
     @property
     def text(self) -> Path:
         """The evaluation text."""
-        return self.options.text or DEFAULT_CHECKPOINT / "eval.txt"
+        return self.options.text or self._small_model / "eval.txt"
 
     @property
     def calibration_text(self) -> Path:
         """The text that is fitted to, and never evaluated on."""
-        return self.options.calibration_text or DEFAULT_CHECKPOINT / "calibration.txt"
+        return self.options.calibration_text or self._small_model / "calibration.txt"
 
     @property
     def num_windows(self) -> int:
@@ -446,7 +450,7 @@ class Run:
             "context": self.context_of(self.config),
             "kv_tokens": self.kv_tokens,
             "sampled_rows": self.sampled_rows,
-            "commit": _commit(),
+            "commit": _commit(self._repository),
         }
 
 
@@ -493,9 +497,9 @@ def _library_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names}
 
 
-def _commit() -> str | None:
+def _commit(repository: Path) -> str | None:
     """The commit that is checked out, with `-dirty` where files differ from it; None outside a git checkout."""
-    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    command = ["git", "-C", str(repository), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:

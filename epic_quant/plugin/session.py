@@ -20,7 +20,7 @@ def run_of(config: pytest.Config) -> Run:
     """The session's run, opened when a benchmark first needs it; what cannot be opened ends pytest with status 2."""
     if _RUN not in config.stash:
         try:
-            config.stash[_RUN] = Run(config.option)
+            config.stash[_RUN] = Run(config.option, config.rootpath)
         except EpicQuantError as error:
             pytest.exit(str(error), returncode=2)
     return config.stash[_RUN]
@@ -60,9 +60,9 @@ def untimed(config: pytest.Config) -> str | None:
 
 def runs_benchmarks(config: pytest.Config) -> bool:
     """Whether a file or folder of benchmarks was named on the command line."""
-    folder = config.invocation_params.dir
+    folder, benchmarks = config.invocation_params.dir, (config.rootpath / BENCHMARKS).resolve()
     paths = ((folder / argument.partition("::")[0]).resolve() for argument in config.args)
-    return any(BENCHMARKS in (path, *path.parents) for path in paths)
+    return any(benchmarks in (path, *path.parents) for path in paths)
 
 
 def facts(config: pytest.Config) -> dict[str, Any]:

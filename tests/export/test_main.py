@@ -121,7 +121,7 @@ E4B_SPECS = st.builds(
 ) | st.sampled_from([WeightSpec(name) for name, info in FORMATS.items() if not info.has_groups])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.sampled_from(sorted(_FORMATS)), E4B_SPECS)
 def test_the_nearest_can_be_held_and_is_held_as_it_is(e4b, file_format, spec):
     candidates = _FORMATS[file_format].candidates

@@ -56,7 +56,7 @@ def test_rotated_dims_are_those_that_change_with_position(facts, layer):
     assert torch.equal(changed, rotated_dims(spec.attention))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     pairs=st.integers(0, 8), factor=st.sampled_from([1.0, 2.0]), position=st.integers(0, 1000), by=st.integers(0, 99)
 )

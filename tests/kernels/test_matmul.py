@@ -54,7 +54,7 @@ def error(product, x, quantized):
 
 @pytest.mark.parametrize("activations", ["fp32", "int8"])
 @pytest.mark.parametrize("spec", SPECS)
-@settings(max_examples=5, deadline=None, derandomize=True)
+@settings(max_examples=5, derandomize=True)
 @given(
     rows=st.sampled_from([1, 2, 5, 16, 31, 127]),
     groups=st.integers(1, 5),
@@ -121,7 +121,7 @@ def test_codes_at_both_ends_do_not_overflow(isa, activations):
                     torch.testing.assert_close(product.double(), expected, rtol=2e-6, atol=1e-6)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(
     data=st.data(),
     blocks=st.integers(1, 9),

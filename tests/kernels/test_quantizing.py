@@ -74,7 +74,7 @@ def assert_same(weight, spec, isa):
             assert torch.equal(decoded, by_reference(lambda dtype=dtype: expected.dequantize(dtype)))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     isa=st.sampled_from(ISAS),
     name=st.sampled_from(NAMES),
@@ -99,7 +99,7 @@ def test_rows_shared_among_threads_are_all_there(spec, isa):
     assert_same(torch.randn(1001, 640, generator=torch.Generator().manual_seed(0)).bfloat16(), spec, isa)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     isa=st.sampled_from(ISAS), seed=st.integers(0, 999), name=st.sampled_from(NAMES), kind=st.sampled_from(list(ROWS))
 )

@@ -38,7 +38,7 @@ def test_a_group_that_does_not_fit_the_head_is_named(config, text, dims, layer):
             use()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 70), st.builds(KVSpec, full_layers, sliding_layers))
 def test_bytes_by_count_are_those_of_a_cache(config, tokens, policy):
     cache = KVCache(config, policy, torch.bfloat16)

@@ -238,7 +238,7 @@ POLICIES = [
 
 
 @pytest.mark.parametrize("layer", [SLIDING, FULL])
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(policy=st.sampled_from(POLICIES), chunks=st.lists(st.integers(1, 30), min_size=1, max_size=8))
 def test_chunks_make_no_difference(config, layer, policy, chunks):
     """Of any sizes, across windows and blocks: the tokens are stored as if they had come at once."""
@@ -450,7 +450,7 @@ def test_a_cache_that_makes_no_sense_is_not_made(config, options, message):
         KVCache(config, KVSpec(), **options)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(policy=st.sampled_from(POLICIES), chunks=st.lists(st.integers(1, 50), min_size=1, max_size=4))
 def test_a_batch_is_stored_and_read_as_its_sequences_alone(config, policy, chunks):
     """To the bit, with everything that one update gives back, across windows and blocks."""

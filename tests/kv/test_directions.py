@@ -28,7 +28,7 @@ def test_the_first_coordinates_are_those_along_the_principal_directions(count, d
         assert np.allclose(rotated[:, head, :directions] * signs, expected, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data(), st.integers(1, 40), st.integers(1, 3), st.integers(2, 33))
 def test_it_is_orthogonal_whatever_it_was_made_of(data, count, heads, dims):
     """Also of fewer tokens than directions, of none that vary, and with reflectors rounded to fp16."""

@@ -28,7 +28,7 @@ def bits(rows):
 
 @pytest.mark.parametrize("reads", ["positioned", "mapped"])
 @pytest.mark.parametrize("residency", NAMES)
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 @given(batches=batches, capacity=st.integers(1, 30))
 def test_rows_are_the_tables_bits(checkpoint, table, residency, reads, batches, capacity):
     with PLERowCache(checkpoint, capacity_rows=capacity, residency=residency, reads=reads) as cache:
@@ -40,7 +40,7 @@ def test_rows_are_the_tables_bits(checkpoint, table, residency, reads, batches, 
 
 
 @pytest.mark.parametrize("residency", NAMES)
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 @given(batches=batches, capacity=st.integers(1, 30))
 def test_the_simulation_counts_the_caches_hits(checkpoint, residency, batches, capacity):
     with PLERowCache(checkpoint, capacity_rows=capacity, residency=residency) as cache:

@@ -119,7 +119,9 @@ def test_an_unreadable_file_is_reported_before_anything_is_measured(options, mes
     for name in ("same.txt", "copy.txt"):
         (tmp_path / name).write_text("5 6 7 8 9", encoding="utf-8")
     paths = {name: tmp_path / file for name, file in options.items()}
-    run = Run(argparse.Namespace(**vars(pytestconfig.option) | {"checkpoint": str(model)} | paths))
+    run = Run(
+        argparse.Namespace(**vars(pytestconfig.option) | {"checkpoint": str(model)} | paths), pytestconfig.rootpath
+    )
     with run.checkpoint, pytest.raises(EpicQuantError) as caught:
         run.check_inputs(())
     assert message in str(caught.value)

@@ -4,6 +4,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -188,6 +190,26 @@ def test_a_run_inside_the_folder_of_the_benchmarks_is_one(model, run_pytest):
     status, printed = run_pytest("test_footprint.py", "--checkpoint", "none/at/all", cwd=where)
     assert status == 2
     assert "Traceback" not in printed
+
+
+def test_the_package_may_be_installed_apart_from_the_repository(tmp_path):
+    """As `pip install .` does: the default checkpoint and texts are the repository's."""
+    shutil.copytree(REPOSITORY / "epic_quant", tmp_path / "epic_quant", ignore=shutil.ignore_patterns("__pycache__"))
+    paths = [path for path in sys.path if path and Path(path).resolve() != REPOSITORY]
+    program = (
+        f"import sys; sys.path[:] = {[str(tmp_path), *paths]}\n"
+        "import epic_quant, pytest\n"
+        "print(epic_quant.__file__)\n"
+        "sys.exit(pytest.main(['-p', 'no:cacheprovider', 'benchmarks/test_ple.py', '-k', 'guard', '--plan']))"
+    )
+    # Without what an editable install has put among the site packages.
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", program], cwd=REPOSITORY, capture_output=True, encoding="utf-8", check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith(str(tmp_path))
+    assert "checkpoint: the small trained model of this repository" in done.stdout
+    assert re.search(r"^ple: \d+, \d+ of guard", done.stdout, re.M)
 
 
 WARNS = """

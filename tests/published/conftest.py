@@ -1,5 +1,7 @@
 """Published files of the small trained model, written by gguf-py, NumPy and safetensors."""
 
+from pathlib import Path
+
 import pytest
 from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
 from gguf import quantize as gguf_quantize
@@ -7,8 +9,10 @@ from torch import Tensor
 
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.gemma4.weights import CheckpointWeights
-from epic_quant.plugin.run import DEFAULT_CHECKPOINT
+from epic_quant.plugin.run import SMALL_MODEL
 from epic_quant.text import token_windows
+
+MINI = Path(__file__).resolve().parents[2] / SMALL_MODEL
 
 F32 = GGMLQuantizationType.F32
 
@@ -16,7 +20,7 @@ F32 = GGMLQuantizationType.F32
 @pytest.fixture(scope="session")
 def mini():
     """The small model's checkpoint."""
-    with Checkpoint.open(DEFAULT_CHECKPOINT) as checkpoint:
+    with Checkpoint.open(MINI) as checkpoint:
         yield checkpoint
 
 
@@ -29,7 +33,7 @@ def plain(mini):
 @pytest.fixture(scope="session")
 def windows(mini):
     """A window of the evaluation text."""
-    return token_windows(mini, DEFAULT_CHECKPOINT / "eval.txt", 1, 24)
+    return token_windows(mini, MINI / "eval.txt", 1, 24)
 
 
 class GGUF:

@@ -1,6 +1,7 @@
 """Folders in compressed-tensors and MLX's format as policies, packed by NumPy from the formats' definitions."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +11,14 @@ from torch import Tensor
 from transformers.integrations.gemma_quant import QuantizedEmbedding, QuantizedLinear
 
 from epic_quant.errors import CheckpointError, ConfigError
-from epic_quant.plugin.run import DEFAULT_CHECKPOINT
+from epic_quant.plugin.run import SMALL_MODEL
 from epic_quant.policy import PolicyWeights, check, opened, tensor_nbytes
 from epic_quant.published import PublishedWeights, open_published
 from epic_quant.published.source import differences
 from epic_quant.quality import evaluate
 from epic_quant.spec import PolicySpec
+
+MINI = Path(__file__).resolve().parents[2] / SMALL_MODEL
 
 NAME = "layers.1.mlp.up_proj"
 GROUP = 32
@@ -43,7 +46,7 @@ class Folder:
 
     def __init__(self, plain, config):
         self.tensors = {f"model.{name}": plain.get(name) for name, one in plain.tensors.items() if not one.unused}
-        self.config = json.loads((DEFAULT_CHECKPOINT / "config.json").read_text(encoding="utf-8")) | config
+        self.config = json.loads((MINI / "config.json").read_text(encoding="utf-8")) | config
 
     def replace(self, name, parts):
         del self.tensors[f"model.{name}.weight"]
@@ -273,7 +276,7 @@ def test_a_folder_of_another_model_or_without_quantization_is_refused(plain, sha
     ):
         check(PolicySpec.parse(f"file:{folder.write(tmp_path / 'model')}"), plain.config)
     with pytest.raises(ConfigError, match=r"names no quantization"):
-        open_published(str(DEFAULT_CHECKPOINT))
+        open_published(str(MINI))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

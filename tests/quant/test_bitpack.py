@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from epic_quant.quant.bitpack import BitPacking, TritPacking
@@ -15,7 +15,6 @@ def random_codes(rows, num_codes, below, seed):
     return torch.randint(0, below, (rows, num_codes), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
 
 
-@settings(deadline=None)
 @given(num_bits=st.sampled_from(WIDTHS), rows=st.integers(1, 3), num_codes=st.integers(1, 40), seed=st.integers(0, 99))
 def test_bits_come_back_from_bytes_that_numpy_lays_out_alike(num_bits, rows, num_codes, seed):
     codes = random_codes(rows, num_codes, 1 << num_bits, seed)
@@ -26,7 +25,6 @@ def test_bits_come_back_from_bytes_that_numpy_lays_out_alike(num_bits, rows, num
     assert torch.equal(packing.unpack(packed, num_codes), codes)
 
 
-@settings(deadline=None)
 @given(rows=st.integers(1, 3), num_codes=st.integers(1, 40), seed=st.integers(0, 99))
 def test_trits_come_back(rows, num_codes, seed):
     codes = random_codes(rows, num_codes, 3, seed)

@@ -32,7 +32,7 @@ def cost_of(units, chosen):
     return sum(int(unit.costs[option]) for unit, option in zip(units, chosen, strict=True))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32 - 1), st.floats(0, 1))
 def test_exchanges_stay_within_the_budget_and_never_raise_the_divergence(seed, part):
     units = problem(seed)

@@ -30,7 +30,7 @@ def brute_force(units, budget):
     return min(sum(option.loss for option in chosen) for chosen in fitting)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(problems, st.floats(0, 1))
 def test_no_assignment_within_the_budget_loses_less(units, part):
     budget = budget_at(units, part)
@@ -42,7 +42,7 @@ def test_no_assignment_within_the_budget_loses_less(units, part):
     assert (1 - gap) * loss <= brute_force(units, budget) + 1e-12 * largest
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(problems, st.floats(0, 1), st.lists(st.integers(1, 4), min_size=1, max_size=2))
 def test_the_gap_holds_where_few_partial_assignments_are_kept(units, part, kept):
     budget = budget_at(units, part)

@@ -11,7 +11,7 @@ from epic_quant.report.analysis.correlation import spearman
 values = st.integers(-3, 3) | st.floats(-1e6, 1e6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(values, values), min_size=3, max_size=12))
 def test_it_is_scipys(pairs):
     first, second = zip(*pairs, strict=True)
