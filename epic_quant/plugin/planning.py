@@ -45,7 +45,7 @@ def _plan(session: pytest.Session, run: Run) -> list[str]:
         lines += plan_prices(run.config, run.priced_specs, num_windows, window_tokens, run.is_large)
     items = session.items if run.wants_prices else ()
     if recipes := sum("recipe_at" in getattr(item, "fixturenames", ()) for item in items):
-        lines.append(f"recipes come of the prices: up to {recipes} policies more, each as long as one above")
+        lines.append(f"recipes are made from the prices: up to {recipes} more policies, each as long as one above")
     if known := times_of(config):
         seconds = Remaining([item.nodeid for item in session.items], known).seconds
         lines.append(f"in all about {clock(seconds or 0)}, as an earlier run on this checkpoint took")

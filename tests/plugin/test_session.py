@@ -333,7 +333,7 @@ def test_over_1_gb_what_is_asked_for_is_planned_where_it_is_collected(e4b_sparse
     files = ["--tokenizer", tmp_path / "tokenizer.json", "--calibration-text", tmp_path / "text.txt"]
     printed = planned("--prices", "--price", "int8", "-k", "quality and not sensitivity", *files)
     assert not re.search(r"^sensitivity, ", printed, re.M)
-    assert re.search(r"^recipes come of the prices", printed, re.M)
+    assert re.search(r"^recipes are made from the prices", printed, re.M)
     assert re.search(r"^prices, 2 specs on 1 windows of \d+ tokens: .* about [\d,]+ s", printed, re.M)
 
 
