@@ -17,7 +17,6 @@ from epic_quant.records.subjects import (
 from epic_quant.report.analysis import footprint, kv, ple, policies, recipes, sensitivity, speed, weights
 from epic_quant.report.analysis.pareto import front
 from epic_quant.report.analysis.quality import proxies
-from epic_quant.report.sections import sensitivity as section
 from epic_quant.results.reading import parse_run
 from epic_quant.results.run import Run
 from epic_quant.spec import NOISE_FLOOR, PolicySpec, TensorClass, WeightSpec
@@ -213,20 +212,22 @@ def test_what_people_ask_about_is_told_at_8_and_4_bits_beside_computing_in_bf16(
         alone("kv_cache", "k=int8/v=int4", 1e-9, 0.1),
         alone("kv_cache", "int4+had512", 0.5, 0.1),
     )
-    found = sensitivity.asked(run)
+    found, about = sensitivity.asked(run), pytest.approx
     assert {
-        name: [(one.bits, one.record.spec, one.is_harmless, one.of_others) for one in widths]
+        name: [(one.bits, one.record.spec, one.of_noise, one.of_others) for one in widths]
         for name, widths in found.items()
     } == {
-        "kv_cache": [(8, "int8", False, None), (4, "int4+had512", False, None)],
-        "ple_projections": [(8, "int8-g128", True, pytest.approx(3)), (4, "codebook4", False, pytest.approx(2))],
+        "kv_cache": [(8, "int8", about(1.05), None), (4, "int4+had512", about(25_000), None)],
+        "ple_projections": [(8, "int8-g128", about(0.5), about(3)), (4, "codebook4", about(150), about(2))],
     }
-    assert (
-        "ple_projections alone: 8 bits are harmless (`int8-g128` 1.00e-05 nats, 0.500× what computing in bf16 changes, "
-        "a MB saved 3.00× that of other classes); 4 bits are not harmless (`codebook4` 0.00300 nats, 150× what "
-        "computing in bf16 changes, a MB saved 2.00× that of other classes)."
-    ) in section.findings(run)
-    assert sensitivity.asked(of(alone("kv_cache", "int8", 1e-5, 0.1))) == {}
+
+
+def test_nothing_is_told_of_a_noise_floor_that_is_missing_or_nothing_or_of_another_text():
+    record = alone("kv_cache", "int8", 1e-5, 0.1)
+    assert sensitivity.asked(of(record)) == {}
+    assert sensitivity.asked(of(record, quality(NOISE_FLOOR, None, 0.0))) == {}
+    calibration = alone("kv_cache", "int8", 1e-5, 0.1, text="calibration")
+    assert sensitivity.asked(of(calibration, quality(NOISE_FLOOR, None, 2e-5))) == {}
 
 
 def test_published_figures_are_met_to_the_digit_or_not(run):
@@ -359,8 +360,11 @@ def test_starts_are_compared_at_the_originals_rows_with_an_empty_one(run):
 def test_policies_below_eight_bits_in_ple_tensors_are_marked(policy, marked, run_json):
     data = run_json("ple_guard")
     data[JSON_KEY]["policy_strings"] = {"mine": policy}
-    found = ple.marked(parse_run(data, "x"))
+    data["benchmarks"].append(entry(recipe("int4-g128", "in bf16", 1, 0.1, spec=PolicySpec.parse(policy)), 1.0))
+    run = parse_run(data, "x")
+    found = ple.marked(run)
     assert [(one.tensor_class, str(one.spec), one.is_partial, one.kl_divergence) for one in found] == marked
+    assert ple.num_recipes_marked(run) == bool(marked)
 
 
 def test_the_noise_floor_is_no_policy(run):

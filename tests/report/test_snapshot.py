@@ -11,13 +11,14 @@ from pathlib import Path
 
 from epic_quant import __version__
 from epic_quant.records import JSON_KEY
+from epic_quant.records.subjects import SensitivityRecord
 from epic_quant.report import markdown
 from epic_quant.report.sections import comparison
 from epic_quant.results.comparison import compare
 from epic_quant.results.gate import Condition, check_limits
 from epic_quant.results.reading import parse_run
 
-from .conftest import entry, recipe
+from .conftest import entry, made, recipe
 
 SNAPSHOT = Path(__file__).parent / "snapshots" / "report.md"
 
@@ -25,6 +26,21 @@ SNAPSHOT = Path(__file__).parent / "snapshots" / "report.md"
 def whole(run_json):
     """A run with every subject and recipes, that did not end well, fails a limit, and is held against an older run."""
     data = run_json()
+    for tensor_class, spec, divergence, saved in (
+        ("kv_cache", "int8", 1.5e-5, 2_000_000),
+        ("kv_cache", "int4", 0.012, 3_000_000),
+        ("ple_projections", "int4-g128", 0.002, 400_000),
+    ):
+        record = made(
+            SensitivityRecord,
+            tensor_class=tensor_class,
+            spec=spec,
+            text="evaluation",
+            kl_divergence=divergence,
+            saved_nbytes=saved,
+            kl_per_mb=1e6 * divergence / saved,
+        )
+        data["benchmarks"].append(entry(record, 1.0))
     for at, kv, nbytes, divergence in (
         ("original-1.58", "in bf16", 25_700_000, 0.02),
         ("original-1.58", "chosen", 25_600_000, 0.01),

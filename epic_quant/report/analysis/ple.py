@@ -18,6 +18,7 @@ from epic_quant.records.subjects import (
     PLEStartRecord,
     PLETextRecord,
 )
+from epic_quant.report.analysis.policies import made_recipes
 from epic_quant.report.formatting import quotient
 from epic_quant.results.run import Run
 from epic_quant.spec import PolicySpec, Target, TensorClass, WeightSpec
@@ -140,11 +141,20 @@ def cold_s(record: PLEColdRecord | None) -> float | None:
 
 
 def marked(run: Run) -> list[Marked]:
-    """Policies that store the PLE table or projections, or some of them, below eight bits."""
+    """Policies that store the PLE table or projections, or some of them, below eight bits; without recipes made."""
+    return _marked(run, run.policies)
+
+
+def num_recipes_marked(run: Run) -> int:
+    """How many of the recipes made do so: each in many specs, which are not measured alone."""
+    return len({one.policy for one in _marked(run, {name: one.spec for name, one in made_recipes(run).items()})})
+
+
+def _marked(run: Run, policies: Mapping[str, PolicySpec]) -> list[Marked]:
     bits = {(one.tensor_class, one.spec): one.bits_per_weight for one in run.of(PLEGuardRecord)}
     effects = {(one.tensor_class, one.spec): one.kl_divergence for one in run.of(PLEGuardRecord)}
     found = []
-    for name, policy in run.policies.items():
+    for name, policy in policies.items():
         for tensor_class in _GUARDED:
             for spec, is_partial in _specs(policy, tensor_class).items():
                 key = tensor_class, spec.without_hessian

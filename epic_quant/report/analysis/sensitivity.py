@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from epic_quant.records.subjects import CALIBRATION, EVALUATION, SensitivityRecord
 from epic_quant.report.analysis import policies
+from epic_quant.report.formatting import quotient
 from epic_quant.results.run import Run, distinct
 from epic_quant.spec import FORMATS, KV_CACHE, TensorClass, WeightSpec
 
@@ -24,7 +24,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class AtWidth:
-    """The least divergence of one class alone at a number of bits, beside that of computing in bf16.
+    """The least divergence of one class alone at a number of bits, `of_noise` times that of computing in bf16.
 
     `of_others` is how many times as much a MB saved a class of tensors costs as the median of the others does under the
     same spec, groups aside; None where there are none.
@@ -32,13 +32,8 @@ class AtWidth:
 
     bits: int
     record: SensitivityRecord
-    noise_floor: float
+    of_noise: float
     of_others: float | None
-
-    @property
-    def is_harmless(self) -> bool:
-        """Whether it is no more than computing in bf16 changes."""
-        return (self.record.kl_divergence or 0.0) <= self.noise_floor
 
 
 def reported(run: Run) -> list[SensitivityRecord]:
@@ -76,29 +71,27 @@ _ASKED_BITS = (8, 4)
 
 def asked(run: Run) -> dict[str, list[AtWidth]]:
     """The KV cache and the PLE projections at 8 and at 4 bits; those alone that were measured, as the noise floor."""
-    floor = policies.noise_floor(run)
-    if floor is None:
-        return {}
-    found = {name: [one for bits in _ASKED_BITS for one in _at_width(run, name, bits, floor)] for name in _ASKED}
-    return {str(name): widths for name, widths in found.items() if widths}
+    found = {str(name): [one for bits in _ASKED_BITS if (one := _at_width(run, name, bits))] for name in _ASKED}
+    return {name: widths for name, widths in found.items() if widths}
 
 
-def _at_width(run: Run, tensor_class: str, bits: int, floor: float) -> Iterator[AtWidth]:
-    whole = [one for one in reported(run) if one.layer is None and one.kl_divergence is not None]
+def _at_width(run: Run, tensor_class: str, bits: int) -> AtWidth | None:
+    # On the evaluation text alone: the noise floor is of no other.
+    whole = [one for one in run.of(SensitivityRecord, text=EVALUATION, layer=None) if one.kl_divergence is not None]
     inside = [one for one in whole if one.tensor_class == tensor_class and _bits(one) == bits]
-    if not inside:
-        return
-    least = min(inside, key=lambda one: one.kl_divergence or 0.0)
+    least = min(inside, key=lambda one: one.kl_divergence or 0.0, default=None)
+    of_noise = quotient(least.kl_divergence, policies.noise_floor(run)) if least else None
+    if least is None or of_noise is None:
+        return None
     others = [
         one.kl_per_mb
         for one in whole
         if KV_CACHE not in (one.tensor_class, tensor_class)
         and one.tensor_class != tensor_class
         and width(one) == width(least)
-        and one.kl_per_mb
+        and one.kl_per_mb is not None
     ]
-    of_others = least.kl_per_mb / statistics.median(others) if others and least.kl_per_mb else None
-    yield AtWidth(bits, least, floor, of_others)
+    return AtWidth(bits, least, of_noise, quotient(least.kl_per_mb, statistics.median(others)) if others else None)
 
 
 def _bits(record: SensitivityRecord) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from epic_quant.records.subjects import PLEGuardRecord
 from epic_quant.report.analysis import ple
-from epic_quant.report.analysis.policies import names
+from epic_quant.report.analysis.policies import made_recipes, names
 from epic_quant.report.blocks import Block, Paragraph, code
 from epic_quant.report.columns import Column, table
 from epic_quant.report.formatting import significant
@@ -37,7 +37,11 @@ def blocks(run: Run) -> list[Block]:
         found.append(Paragraph("Policies of this run that store these tensors below 8 bits, and what that alone does:"))
         found.append(table(columns, marked))
     else:
-        found.append(Paragraph("No policy of this run stores the PLE table or the PLE projections below 8 bits."))
+        found.append(Paragraph("No named policy stores the PLE table or the PLE projections below 8 bits."))
+    if made := len(made_recipes(run)):
+        found.append(
+            Paragraph(f"Recipes made here that store some of them so: {ple.num_recipes_marked(run)} of {made}.")
+        )
     return found
 
 

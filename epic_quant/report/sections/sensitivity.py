@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 from epic_quant.records.subjects import PricesRecord, SensitivityRecord
@@ -12,7 +11,7 @@ from epic_quant.report.analysis.prices import Kind
 from epic_quant.report.analysis.sensitivity import AtWidth, asked, costs, reported, width
 from epic_quant.report.blocks import Block, Heading, Paragraph, code
 from epic_quant.report.columns import Column, table
-from epic_quant.report.formatting import megabytes, ratio, significant, times, with_error
+from epic_quant.report.formatting import megabytes, ratio, significant, with_error
 from epic_quant.report.wording import ablation
 from epic_quant.results.run import Run, distinct
 
@@ -38,31 +37,25 @@ def blocks(run: Run) -> list[Block]:
 
 
 def findings(run: Run) -> list[str]:
-    """The class that costs most for each MB saved, of all specs and at each width, and the one that costs least."""
-    if (found := costs(run)) is None:
-        return []
-    answers = [_answer(name, widths) for name, widths in asked(run).items()]
-    by_width = ", ".join(f"{code(name)} {tensor_class}" for name, tensor_class in found.by_width)
-    at_each = f"; at each width: {by_width}" if by_width else ""
-    return [
-        f"Largest KL divergence for each MB saved: {_cost(found.costliest)}{at_each}. "
-        f"Smallest: {_cost(found.cheapest)}.",
-        *answers,
-    ]
-
-
-def _answer(name: str, widths: Sequence[AtWidth]) -> str:
-    """Whether a class may be stored in 8 bits and in 4 here, and what that costs."""
-    said = []
-    for one in widths:
-        verdict = "harmless" if one.is_harmless else "not harmless"
-        divergence = one.record.kl_divergence
-        others = f", a MB saved {ratio(one.of_others)} that of other classes" if one.of_others is not None else ""
-        said.append(
-            f"{one.bits} bits are {verdict} ({code(one.record.spec)} {significant(divergence)} nats, "
-            f"{times(divergence, one.noise_floor)} what computing in bf16 changes{others})"
+    """The costliest and cheapest class for each MB saved, and what 8 and 4 bits cost those that people ask about."""
+    found = []
+    if (cost := costs(run)) is not None:
+        by_width = ", ".join(f"{code(name)} {tensor_class}" for name, tensor_class in cost.by_width)
+        at_each = f"; at each width: {by_width}" if by_width else ""
+        found.append(
+            f"Largest KL divergence for each MB saved: {_cost(cost.costliest)}{at_each}. "
+            f"Smallest: {_cost(cost.cheapest)}."
         )
-    return f"{name} alone: {'; '.join(said)}."
+    answers = ((name, "; ".join(map(_answer, widths))) for name, widths in asked(run).items())
+    return [*found, *(f"{name} alone: {answer}." for name, answer in answers)]
+
+
+def _answer(one: AtWidth) -> str:
+    """Whether that many bits cost more than computing in bf16, and how much."""
+    no = "no " if one.of_noise <= 1 else ""
+    cost = f"{code(one.record.spec)}, {significant(one.record.kl_divergence)} nats a token, {ratio(one.of_noise)}"
+    others = f"; each MB saved costs {ratio(one.of_others)} the median of other classes" if one.of_others else ""
+    return f"{one.bits} bits cost {no}more than computing in bf16 ({cost} as much{others})"
 
 
 def _cost(record: SensitivityRecord) -> str:
