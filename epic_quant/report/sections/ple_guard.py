@@ -38,10 +38,9 @@ def blocks(run: Run) -> list[Block]:
         found.append(table(columns, marked))
     else:
         found.append(Paragraph("No named policy stores the PLE table or the PLE projections below 8 bits."))
-    if made := len(made_recipes(run)):
-        found.append(
-            Paragraph(f"Recipes made here that store some of them so: {ple.num_recipes_marked(run)} of {made}.")
-        )
+    if made := made_recipes(run):
+        below = ple.num_recipes_marked(run)
+        found.append(Paragraph(f"Recipes made here that store some of them so: {below} of {len(made)}."))
     return found
 
 
