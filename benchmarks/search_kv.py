@@ -25,7 +25,8 @@ from epic_quant.gemma4.config import FULL, SLIDING, TextConfig
 from epic_quant.gemma4.weights import CheckpointWeights
 from epic_quant.kv import nbytes
 from epic_quant.kv.attention_error import AttentionError, capture
-from epic_quant.spec import FORMATS, NAMED_KV, KVSpec, KVStorageSpec
+from epic_quant.spec import FORMATS, NAMED_KV, KVSpec, KVStorageSpec, LayerKVSpec, PCASpec
+from epic_quant.spec.kv import BF16_STORAGE
 from epic_quant.text import token_windows
 
 HERE = Path(__file__).parent
@@ -46,40 +47,48 @@ AFFINE = [f"affine{bits}" for bits in (2, 3, 4, 5)]
 DIRECTIONS = (8, 12, 16)
 ALONG = {"codebook2": ("codebook4", "int5"), "codebook3": ("int5", "int6"), "codebook4": ("int6", "int8")}
 PCA = [
-    (name, f"+center128+pca{directions}-{along}")
+    KVStorageSpec(name, center_tokens=128, pca=PCASpec(directions, along))
     for name, several in ALONG.items()
     for along in several
     for directions in DIRECTIONS
 ]
 BY_TOKEN = [
     *(
-        f"{name}{rotated}{center}"
+        KVStorageSpec(name, hadamard_block=rotated, center_tokens=center, unbiased=unbiased)
         for name in SYMMETRIC
-        for rotated in ("", "+had512")
-        for center in ("", "+center32", "+center32+unbiased", "+center128+unbiased")
+        for rotated in (0, 512)
+        for center, unbiased in ((None, False), (32, False), (32, True), (128, True))
     ),
-    *(f"{name}+had512{pca}+unbiased" for name, pca in PCA),
-    *AFFINE,
+    *(replace(pca, hadamard_block=512, unbiased=True) for pca in PCA),
+    *map(KVStorageSpec, AFFINE),
 ]
 # A channel that has a zero point needs no center. What stands out in few levels costs the others much.
 BY_CHANNEL = [
-    *(f"{name}-b64" for name in SYMMETRIC),
-    *(f"{name}-b{block}{rotated}" for name in AFFINE for rotated in ("", "+had512") for block in (32, 64, 128)),
+    *(KVStorageSpec(name, block_tokens=64) for name in SYMMETRIC),
     *(
-        f"{name}-b{block}{rotated}+clip{percent}"
+        KVStorageSpec(name, block_tokens=block, hadamard_block=rotated)
+        for name in AFFINE
+        for rotated in (0, 512)
+        for block in (32, 64, 128)
+    ),
+    *(
+        KVStorageSpec(name, block_tokens=block, hadamard_block=rotated, clip_percent=percent)
         for name in AFFINE[:2]
-        for rotated in ("", "+had512")
+        for rotated in (0, 512)
         for percent in (5, 10, 12, 15)
         for block in (64, 128)
     ),
-    *(f"{name}-b{block}{pca}" for name, pca in PCA for block in (64, 128)),
+    *(replace(pca, block_tokens=block) for pca in PCA for block in (64, 128)),
 ]
-STORAGES = [KVStorageSpec.parse(text) for text in (*BY_TOKEN, *BY_CHANNEL)]
+STORAGES = [*BY_TOKEN, *BY_CHANNEL]
 # What is left unquantized. The first tokens draw much attention, whatever they are, and cost next to nothing; the
 # newest are looked at most.
 KEPT = {
-    FULL: ("sinks=1", "sinks=2", "sinks=4", "sinks=4/residual=16", "sinks=4/residual=32"),
-    SLIDING: ("", "residual=16"),
+    FULL: [
+        LayerKVSpec(attention_sinks=sinks, residual_window=window)
+        for sinks, window in ((1, 0), (2, 0), (4, 0), (4, 16), (4, 32))
+    ],
+    SLIDING: [LayerKVSpec(residual_window=window) for window in (0, 16)],
 }
 
 
@@ -88,7 +97,7 @@ class Trial:
     """How K and V of one layer type were stored, and the resulting error and bits."""
 
     parts: Mapping[str, KVStorageSpec]  # by place, such as `k.rotated`
-    kept: str
+    kept: LayerKVSpec
     squared_error: float  # of the attention output, relative
     bits: tuple[float, ...]  # a value, in each of the search's places
     code_bits: float  # of them those of the codes themselves, on E4B
@@ -117,10 +126,11 @@ class Search:
         ]
         self._errors: dict[KVSpec, float] = {}
 
-    def policy(self, parts: Mapping[str, KVStorageSpec], kept: str) -> KVSpec:
+    def policy(self, parts: Mapping[str, KVStorageSpec], kept: LayerKVSpec) -> KVSpec:
         """The policy that stores these parts so and leaves all else, the other layer type included, in bf16."""
-        places = [f"{self.where}.{part}={spec}" for part, spec in parts.items()]
-        return KVSpec.parse("/".join([*places, *(f"{self.where}.{keep}" for keep in kept.split("/") if keep)]))
+        rotated, unrotated, values = (parts.get(part, BF16_STORAGE) for part in ("k.rotated", "k.unrotated", "v"))
+        keys = (parts["k"],) if "k" in parts else (rotated, unrotated)
+        return replace(KVSpec(), **{self.where: replace(kept, k=keys, v=(values,))}, name="")
 
     def bits(self, policy: KVSpec) -> tuple[float, ...]:
         """Bits a value of K or V in each place."""
@@ -129,7 +139,7 @@ class Search:
             for config, tokens in self.places
         )
 
-    def trial(self, parts: Mapping[str, KVStorageSpec], kept: str) -> Trial:
+    def trial(self, parts: Mapping[str, KVStorageSpec], kept: LayerKVSpec) -> Trial:
         """Measure it."""
         policy = self.policy(parts, kept)
         code_bits = sum(self._share(part)[-1] * _code_bits(spec) for part, spec in parts.items())
@@ -137,7 +147,7 @@ class Search:
             self._errors[policy] = self.errors.of(policy).attention_rel_l2 ** 2
         return Trial(parts, kept, self._errors[policy], self.bits(policy), code_bits)
 
-    def options(self, part: str, kept: str) -> list[Trial]:
+    def options(self, part: str, kept: LayerKVSpec) -> list[Trial]:
         """Every storage of one part alone, without those that another is not larger and not worse than.
 
         Bits are those that the part adds to a cache without it; the error, in which it differs little, is that with
@@ -154,7 +164,7 @@ class Search:
 
     def _share(self, part: str) -> tuple[float, ...]:
         """What part of all values it is, in each place: found by storing it in twice the bits."""
-        return tuple(bits / 16 - 1 for bits in self.bits(self.policy({part: KVStorageSpec("fp32")}, "")))
+        return tuple(bits / 16 - 1 for bits in self.bits(self.policy({part: KVStorageSpec("fp32")}, LayerKVSpec())))
 
     def sums(self) -> Iterator[Trial]:
         """All ways to store K, whole or its rotated and other dims apart, with all to store V; errors are sums."""
@@ -200,7 +210,7 @@ def search(checkpoint: Checkpoint, text: Path, num_windows: int, window_tokens: 
     config = weights.config
     window_tokens = min(window_tokens, config.max_position_embeddings)
     texts = [capture(weights, window) for window in token_windows(checkpoint, text, num_windows, window_tokens)]
-    found: dict[str, list[str]] = {"p-rope": [], "p-rope-4": []}
+    found = {"p-rope": KVSpec(), "p-rope-4": KVSpec()}
     for layer_type in (FULL, SLIDING):
         one = Search(AttentionError(texts, layer_type), layer_type, [(config, window_tokens), (E4B, E4B_TOKENS)])
         sums = list(one.sums())
@@ -212,12 +222,13 @@ def search(checkpoint: Checkpoint, text: Path, num_windows: int, window_tokens: 
             print(f"  {name}, at most {_bits(budget.bits)}:")
             best = one.best(sums, budget, tried)
             for trial in best[:5]:
-                print(_line(one.policy(trial.parts, trial.kept).name, trial.squared_error**0.5, trial.bits))
+                print(_line(str(one.policy(trial.parts, trial.kept)), trial.squared_error**0.5, trial.bits))
             if best:
-                found[name].append(one.policy(best[0].parts, best[0].kept).name)
+                layers = getattr(one.policy(best[0].parts, best[0].kept), one.where)
+                found[name] = replace(found[name], **{one.where: layers}, name="")
     print()
-    for name, parts in found.items():
-        print(f"{name}: {KVSpec.parse('/'.join(parts)).name if parts else 'nothing fits'}")
+    for name, policy in found.items():
+        print(f"{name}: {'nothing fits' if policy.is_plain else policy}")
 
 
 def _bits(bits: tuple[float, ...]) -> str:
