@@ -160,7 +160,7 @@ class GroupedMatrix:
         if self.spec.hadamard_block:
             x = hadamard.rotate(x, self.spec.hadamard_block, self.backend)
         products = (torch.nn.functional.linear(x, values.to(x.dtype)) for _, values in self._decoded_chunks())
-        return torch.cat(list(products), -1)
+        return torch.cat([x.new_empty(*x.shape[:-1], 0), *products], -1)
 
     def computed_by(self, activations: str = "fp32") -> str:
         return backends.computed_by(self._kernels, activations)

@@ -61,7 +61,10 @@ def test_rows_are_taken_apart(spec):
     assert taken.shape == (4, cols)
     assert taken.nbytes * 7 == quantized.nbytes * 4
     assert torch.equal(taken.dequantize(), quantized.dequantize()[ids])
-    assert quantized.rows(torch.tensor([], dtype=torch.int64)).dequantize().shape == (0, cols)
+    none = quantized.rows(torch.tensor([], dtype=torch.int64))
+    assert none.dequantize().shape == (0, cols)
+    assert none.matmul(torch.ones(2, 3, cols)).shape == (2, 3, 0)
+    assert quantized.matmul(torch.ones(0, cols)).shape == (0, 7)
     with pytest.raises(IndexError):
         quantized.rows(torch.tensor([7]))
 
