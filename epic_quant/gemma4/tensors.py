@@ -88,15 +88,16 @@ def is_head(file_name: str) -> bool:
 
 def without_prefix(file_name: str) -> str:
     """A tensor's name without what the class that saved it puts in front."""
-    return _PREFIX.sub("", file_name)
+    return _PREFIX.sub("", _WRAPPERS.sub("", file_name))
 
 
 # What the weights of the model that others are measured against may be stored in.
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 # The multimodal class writes `model.language_model.layers…`, the text-only one `model.layers…`; others have neither.
-# PEFT, data-parallel training and torch.compile put their own before.
-_PREFIX = re.compile(r"^((base_model|module|_orig_mod|model|language_model)\.)*")
+# PEFT puts its own before, and so do data-parallel training and torch.compile, which also wrap modules inside.
+_PREFIX = re.compile(r"^((base_model|model|language_model)\.)*")
+_WRAPPERS = re.compile(r"\b(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 _TOWERS = ("vision_tower.", "audio_tower.", "embed_vision.", "embed_audio.")
 _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 PLAIN = "expected plain weights in bf16, fp16, fp32 or fp64, neither quantized nor with an adapter or a bias beside"

@@ -14,7 +14,7 @@ def linear(x: Tensor, weight: Weight, activations: str = "fp32") -> Tensor:
     """`x` [..., cols] times weight [rows, cols] transposed: [..., rows], in the dtype of x.
 
     `activations` says in what form a packed weight meets x: "fp32", or "int8", rounded to 8 bits with a scale for every
-    block of a row, where there is a kernel for that (`QuantizedTensor.computed_by`).
+    block of a row, where there is a kernel for that (`StoredMatrix.computed_by`).
     Raises SpecError for other activations and QuantizationError for inner dims that differ.
     """
     if activations not in ACTIVATIONS:

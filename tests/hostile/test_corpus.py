@@ -219,6 +219,8 @@ CASES = (
     Case("names under _orig_mod.", renamed(lambda name: f"_orig_mod.{name}")),
     Case("names under no prefix", renamed(lambda name: name.removeprefix("model."))),
     Case("names under module._orig_mod.", renamed(lambda name: f"module._orig_mod.{name}")),
+    Case("names of compiled layers", renamed(lambda name: name.replace(".mlp.", "._orig_mod.mlp."))),
+    Case("names of sharded training", renamed(lambda n: n.replace("model.", "model._fsdp_wrapped_module.", 1))),
     Case("names of the multimodal class", renamed(lambda name: name.replace("model.", "model.language_model.", 1))),
     Case("names of another layout", renamed(lambda name: f"gpt.{name.replace('layers', 'blocks')}"), "gpt."),
     Case("fp32", all_as(torch.float32)),
