@@ -132,7 +132,8 @@ def process_of() -> Callable[..., dict[str, Any]]:
         environment = {
             name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "NO_COLOR"))
         }
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *map(str, arguments)]
+        # Importing hypothesis takes a second, and the benchmarks need none.
+        command = [sys.executable, "-m", "pytest", "-pno:cacheprovider", "-pno:hypothesispytest", *map(str, arguments)]
         return {"args": command, "cwd": cwd, "env": environment}
 
     return of

@@ -44,7 +44,7 @@ def run_of_model(model, tmp_path_factory) -> Path:
     options += ["--windows", "2", "--window-tokens", "32", "--price", "int4", "--price", "int8", "--price", "ternary"]
     options += ["-k", "footprint or prices or quality or memory", "--benchmark-json", out]
     files = [f"benchmarks/test_{subject}.py" for subject in ("footprint", "quality", "ple")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, *options]
+    command = [sys.executable, "-m", "pytest", "-q", "-pno:cacheprovider", "-pno:hypothesispytest", *files, *options]
     done = subprocess.run(
         list(map(str, command)), cwd=REPOSITORY, env=environment, capture_output=True, encoding="utf-8", check=False
     )

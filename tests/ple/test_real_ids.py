@@ -50,7 +50,7 @@ def run(tmp_path_factory):
         "--benchmark-json",
         folder / "o.json",
     ]
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "benchmarks/test_ple.py"]
+    command = [sys.executable, "-m", "pytest", "-pno:cacheprovider", "-pno:hypothesispytest", "benchmarks/test_ple.py"]
     done = subprocess.run([*command, *map(str, options)], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     benchmarks = json.loads((folder / "o.json").read_text(encoding="utf-8"))["benchmarks"]
