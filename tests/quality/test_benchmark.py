@@ -131,7 +131,7 @@ def test_a_plan_alone_counts_layers_where_they_are_asked_for(options, pytest_run
     assert status == 0, printed
     # 43 of all layers; 10 + 2 attention layers, and 12 of the MLP and the PLE projections, by six; six KV sources.
     assert f"sensitivity, {1 + 43 + 6 * (10 + 2 + 12 + 12) + 6} policies" in printed
-    assert "up to 9 policies more" in printed
+    assert "up to 9 more policies" in printed
 
 
 @pytest.mark.parametrize(
