@@ -35,7 +35,7 @@ from epic_quant.text import token_windows
 from .mutations import mutated_bytes, mutated_json, mutated_text, with_header
 
 # Mutations of every target in the ordinary run, and in .ci/run, where all together are 20,000 or more.
-FEW, MANY = 40, 2_000
+FEW, MANY = 15, 2_000
 MOST_NBYTES = 1_500_000_000
 _CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
 _POLICIES = ("mlp=int4,mlp.down_proj@3+7-9=int8,kv=int8,ple=lru:50", "embedding=ternary,ple_table=int8,mlp@3=int4")
