@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     file_format = _FORMATS[options.format]
     policy = command_line.policy_of(options.policy)
+    if policy.file is not None:
+        raise SpecError(f"{policy.name}: file:{policy.file} is quantized already; expected a policy of formats")
     with Checkpoint.open(options.source, config=options.config, tokenizer=options.tokenizer) as checkpoint:
         config = TextConfig.read(checkpoint)
         check(policy, config)

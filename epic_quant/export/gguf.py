@@ -55,6 +55,8 @@ def write(checkpoint: Checkpoint, weights: PolicyWeights, policy: PolicySpec, ou
     logging.getLogger("gguf").setLevel(logging.ERROR)  # It warns of tokenizers that are as they should be.
     if out.is_dir():
         raise ExportError(f"{out}: is a folder; expected the name of a file")
+    if out.exists() and any(out.samefile(checkpoint.location(name).path) for name in checkpoint.names):
+        raise ExportError(f"{out}: is the checkpoint itself; expected the name of another file")
     config = weights.config
     _check(config)
     with atomic(out) as unfinished:

@@ -132,3 +132,19 @@ def test_the_nearest_can_be_held_and_is_held_as_it_is(e4b, file_format, spec):
     if found != policy:
         with pytest.raises(ExportError, match="the nearest it has is"):
             held(policy, e4b, file_format, candidates, take_nearest=False)
+
+
+def test_the_checkpoint_is_not_overwritten(tmp_path, capsys):
+    source = shutil.copytree(MINI, tmp_path / "model") / "model.safetensors"
+    before = source.read_bytes()
+    assert main([str(source), "--policy", "mlp=q4_k", "--format", "gguf", str(source)]) == 2
+    assert "is the checkpoint itself" in capsys.readouterr().err
+    assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("file_format", _FORMATS)
+def test_a_published_file_as_policy_is_refused(file_format, tmp_path, capsys):
+    policy = ["--policy", f"theirs=file:{tmp_path / 'model.gguf'}", "--format", file_format]
+    assert main([str(MINI), *policy, str(tmp_path / "out")]) == 2
+    assert "is quantized already" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
