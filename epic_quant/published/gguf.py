@@ -98,6 +98,8 @@ def _type_names() -> dict[int, str]:
 def _parts(path: Path) -> list[Path]:
     """All parts of a file, in order, by the name that llama.cpp splits into; the file alone where it is whole."""
     count = _read_header(path, metadata_only=True).metadata.get("split.count", 0)
+    if not isinstance(count, int):
+        raise CheckpointError(f"{path}: its metadata says {count!r} of split.count; expected a number of parts")
     if count <= 1:
         return [path]
     if (match := _PART.fullmatch(path.name)) is None or int(match[3]) != count:

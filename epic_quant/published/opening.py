@@ -29,8 +29,13 @@ def _state(path: Path) -> tuple[tuple[str, int, int], ...]:
     """Name, time and size of the file, or of the files in the folder; nothing where there is none, as for a hub id."""
     if not os.path.exists(path):
         return ()
-    files = sorted(path.iterdir()) if os.path.isdir(path) else [path]
-    return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+    try:
+        files = sorted(path.iterdir()) if os.path.isdir(path) else [path]
+        return tuple(
+            (file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files if os.path.exists(file)
+        )
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
 
 
 @lru_cache(maxsize=32)
@@ -48,9 +53,9 @@ def _opened(source: str, _state: tuple[tuple[str, int, int], ...]) -> PublishedF
     config = checkpoint.config_json
     method = config.get("quantization_config")
     if isinstance(method, Mapping) and "quant_method" in method:
-        name = method["quant_method"]
+        name = str(method["quant_method"])
         if name not in _METHODS:
-            raise CheckpointError(f"{source}: {unknown('quantization method', str(name), _METHODS)}")
+            raise CheckpointError(f"{source}: {unknown('quantization method', name, _METHODS)}")
         return _METHODS[name](checkpoint, method)
     quantization = config.get("quantization")
     if isinstance(quantization, Mapping):

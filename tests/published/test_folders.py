@@ -301,3 +301,15 @@ def test_the_method_gemma_decodes_as_transformers_does(bits, plain, shape, tmp_p
     folder.config["quantization_config"]["module_quant_configs"] = {r"up_proj$": {"num_bits": 3}}
     with pytest.raises(CheckpointError, match="by the config of 3 bits"):
         open_published(str(folder.write(tmp_path / "other")))
+
+
+@pytest.mark.parametrize("method", [["awq"], {"awq": 1}, None])
+def test_a_method_that_is_no_name_is_refused_beside_dangling_links(method, tmp_path):
+    config = json.loads((MINI / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": method}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "model.safetensors").symlink_to(MINI / "model.safetensors")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
+    (tmp_path / "itself").symlink_to(tmp_path / "itself")
+    with pytest.raises(CheckpointError, match="unknown quantization method"):
+        open_published(str(tmp_path))

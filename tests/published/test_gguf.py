@@ -205,3 +205,14 @@ def test_what_is_no_published_file_is_refused(content, tmp_path):
         open_published(str(tmp_path / "x"))
     with pytest.raises(EpicQuantError, match="nowhere"):
         open_published(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    "value", [b"\x08\0\0\0" + (1).to_bytes(8, "little") + b"3", b"\x09\0\0\0\x04\0\0\0" + bytes(8)]
+)
+def test_a_number_of_parts_that_is_no_number_is_refused(value, tmp_path):
+    key = b"split.count"
+    head = b"GGUF" + (3).to_bytes(4, "little") + bytes(8) + (1).to_bytes(8, "little")
+    (tmp_path / "model.gguf").write_bytes(head + len(key).to_bytes(8, "little") + key + value)
+    with pytest.raises(CheckpointError, match=r"split\.count; expected a number"):
+        open_published(str(tmp_path / "model.gguf"))
