@@ -6,6 +6,7 @@ import argparse
 import functools
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -104,7 +105,13 @@ def print_text(text: str) -> None:
 
 
 def leave(main: Callable[[], int]) -> NoReturn:
-    """Run `main` and exit with its status; without a traceback on a closed pipe or Ctrl-C."""
+    """Run `main` and exit with its status; without a traceback on a closed pipe or Ctrl-C.
+
+    SIGTERM and SIGHUP, which end Python at once, leave by way of every `finally`, so that nothing unfinished stays.
+    """
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP; nohup has it ignored.
+        if (number := getattr(signal, name, None)) is not None and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _stopped)
     try:
         status = main()
         sys.stdout.flush()
@@ -115,3 +122,8 @@ def leave(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         status = INTERRUPTED
     sys.exit(status)
+
+
+def _stopped(number: int, _frame: object) -> NoReturn:
+    """End with what a shell reports of a program that the signal ends."""
+    sys.exit(128 + number)

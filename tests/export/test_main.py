@@ -2,6 +2,9 @@
 
 import math
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -147,4 +150,26 @@ def test_a_published_file_as_policy_is_refused(file_format, tmp_path, capsys):
     policy = ["--policy", f"theirs=file:{tmp_path / 'model.gguf'}", "--format", file_format]
     assert main([str(MINI), *policy, str(tmp_path / "out")]) == 2
     assert "is quantized already" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a program without its knowing")
+@pytest.mark.parametrize(("file_format", "name"), [("gguf", "SIGINT"), ("gguf", "SIGTERM"), ("gemma", "SIGHUP")])
+def test_a_signal_midway_leaves_nothing(file_format, name, tmp_path):
+    number = signal.Signals[name]
+    program = f"""
+import os
+from epic_quant import command_line
+from epic_quant.export import __main__, folder, gguf
+
+def interrupted(_):
+    assert os.listdir({str(tmp_path)!r})
+    os.kill(os.getpid(), {number.value})
+
+folder.raw = gguf.raw = interrupted
+command_line.leave(__main__.main)
+"""
+    options = [MINI, "--policy", "mlp=int8" if file_format == "gemma" else "mlp=q8_0", "--format", file_format]
+    done = subprocess.run([sys.executable, "-c", program, *options, tmp_path / "out"], capture_output=True, check=False)
+    assert (done.returncode, b"Traceback" in done.stderr) == (128 + number, False)
     assert list(tmp_path.iterdir()) == []
