@@ -14,10 +14,14 @@ from epic_quant.gemma4.config import TextConfig
 from epic_quant.gemma4.tensors import TextTensor, expected_tensors
 from epic_quant.gemma4.weights import Weights
 from epic_quant.quant import Weight
+from epic_quant.quant.stored import row_chunks
 from epic_quant.spec import Target, WeightSpec
 
 # Of a value: what one that was rounded to bf16 differs by at most.
 _ROUNDING = 2.0**-8
+_LARGEST = torch.finfo(torch.float32).max
+# Weights that are decoded at a time to be checked: 1 MB in fp32 stays in a core's cache.
+_PIECE = 2**18
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,10 @@ class PublishedFile:
 
 
 class PublishedWeights(Weights):
-    """A published file's weights, for the config of the checkpoint that it was made of. Raises as `check`."""
+    """A published file's weights, for the config of the checkpoint that it was made of. Raises as `check`.
+
+    Reading a tensor, or rows of it, raises CheckpointError where they decode to NaN or infinity, as of a damaged scale.
+    """
 
     def __init__(self, file: PublishedFile, config: TextConfig) -> None:
         file.check(config)
@@ -98,17 +105,36 @@ class PublishedWeights(Weights):
 
     def get(self, name: str) -> Weight:
         """A tensor by its canonical name: plain values as a Tensor in the file's dtype, all else packed."""
-        return self.file.tensors[name].read()
+        weight = self.file.tensors[name].read()
+        if len(weight.shape) != 2:
+            assert isinstance(weight, Tensor)
+            self._checked(name, weight.reshape(1, -1), torch.zeros(1))
+            return weight
+        for rows in row_chunks(*weight.shape, _PIECE):
+            ids = torch.arange(rows.start, rows.stop)
+            self._checked(name, _decoded(weight, ids), ids)
+        return weight
 
     def rows(self, name: str, ids: Tensor) -> Tensor:
         """Rows [n, cols] of a matrix, decoded; no other row is read."""
-        weight = self.get(name)
         ids = ids.reshape(-1).to("cpu", torch.int64)
-        return weight.index_select(0, ids) if isinstance(weight, Tensor) else weight.rows(ids).dequantize()
+        return self._checked(name, _decoded(self.file.tensors[name].read(), ids), ids)
 
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor in the file, scales and all."""
         return self.file.tensors[name].nbytes
+
+    def _checked(self, name: str, values: Tensor, ids: Tensor) -> Tensor:
+        """`values` [n, cols], the rows `ids`. A matrix decodes infinity to the largest number that there is."""
+        peaks = torch.linalg.vector_norm(values.float(), ord=float("inf"), dim=1)
+        if not (sound := peaks < _LARGEST).all():
+            row = int(ids[~sound][0])
+            raise CheckpointError(f"{self.file.source}: {name} has NaN or infinity in row {row}")
+        return values
+
+
+def _decoded(weight: Weight, ids: Tensor) -> Tensor:
+    return weight.index_select(0, ids) if isinstance(weight, Tensor) else weight.rows(ids).dequantize()
 
 
 def differences(published: PublishedWeights, reference: Weights) -> list[str]:

@@ -313,3 +313,18 @@ def test_a_method_that_is_no_name_is_refused_beside_dangling_links(method, tmp_p
     (tmp_path / "itself").symlink_to(tmp_path / "itself")
     with pytest.raises(CheckpointError, match="unknown quantization method"):
         open_published(str(tmp_path))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_scale_that_is_not_finite_is_refused_by_its_tensors_name(value, plain, shape, tmp_path):
+    rows, cols = shape
+    scale = np.ones((rows, 1), np.float32)
+    scale[7] = value
+    folder = compressed(plain, 8)
+    folder.replace(NAME, {"weight": drawn(rows, cols, 7).astype(np.int8), "weight_scale": scale})
+    weights = weights_of(folder.write(tmp_path), plain)
+    with pytest.raises(CheckpointError, match=rf"{NAME}\.weight has NaN or infinity in row 7$"):
+        weights.get(f"{NAME}.weight")
+    weights.rows(f"{NAME}.weight", torch.tensor([6, 8]))
+    with pytest.raises(CheckpointError, match=r"in row 7$"):
+        weights.rows(f"{NAME}.weight", torch.tensor([8, 7]))

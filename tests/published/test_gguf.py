@@ -216,3 +216,20 @@ def test_a_number_of_parts_that_is_no_number_is_refused(value, tmp_path):
     (tmp_path / "model.gguf").write_bytes(head + len(key).to_bytes(8, "little") + key + value)
     with pytest.raises(CheckpointError, match=r"split\.count; expected a number"):
         open_published(str(tmp_path / "model.gguf"))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["embed_tokens.weight", "layers.1.mlp.gate_proj.weight", "norm.weight"])
+def test_a_scale_or_norm_that_is_not_finite_is_refused_by_name(name, value, mini, plain, gguf_of, windows, tmp_path):
+    file = gguf_of(plain, lambda tensor: Type.Q8_0 if tensor.target is not None else Type.F32)
+    array, kind = file.tensors[name]
+    array, row = array.copy(), 0
+    if kind == Type.Q8_0:
+        row = len(array) - 3  # of the embedding, of a token that is not in the window: the head has it
+        array[row, :2] = np.frombuffer(np.float16(value).tobytes(), np.uint8)
+    else:
+        array[5] = value
+    file.tensors[name] = array, kind
+    policy = policy_of(file.write(tmp_path / "model.gguf"))
+    with pytest.raises(CheckpointError, match=f"model.gguf: {name} has NaN or infinity in row {row}$"):
+        evaluate(mini, {"theirs": policy}, windows)
