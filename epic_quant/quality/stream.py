@@ -252,11 +252,21 @@ class Stream:
         self, state: State, tables: Mapping[tuple[torch.dtype, TensorKey], Tensor], at: tuple[int, slice]
     ) -> Tensor:
         norm = self._weights[state.members[0]].get("norm.weight")
+        assert isinstance(norm, Tensor)
+        self._check(state.members[0], "norm.weight", norm)
         return head_logits(self.config, state.hidden[at], norm, tables[self._head_key(state)]).double()
 
     def _rows_of_head(self, member: str, rows: Tensor) -> Tensor:
         """Rows of the tied embedding as they are computed with. Every format keeps rows apart, so no other is read."""
-        return self._weights[member].rows(embedding(self.config).name, rows).to(self._variants[member].dtype)
+        name = embedding(self.config).name
+        found = self._weights[member].rows(name, rows)
+        self._check(member, name, found)
+        return found.to(self._variants[member].dtype)
+
+    def _check(self, member: str, name: str, values: Tensor) -> None:
+        """Of what the head computes with: no hidden state shows its faults, and soft-capping hides infinity."""
+        if not values.isfinite().all():
+            raise CheckpointError(f"{self._checkpoint.source}: under {member} {name} has NaN or infinity")
 
 
 def _in_dtype(weight: Weight, dtype: torch.dtype) -> Tensor:

@@ -1,11 +1,14 @@
 """Evaluating by streaming, against `transformers` and against whole models with all logits."""
 
+import math
+import shutil
 from collections import Counter
 from dataclasses import astuple
 from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from epic_quant.checkpoint import Checkpoint
@@ -225,6 +228,20 @@ def test_error_compensation_is_fitted_with_the_hessians(toy_checkpoint, windows)
 def test_a_damaged_weight_is_named(toy_checkpoint_with_nan, windows):
     with pytest.raises(CheckpointError, match="under bf16 the hidden states after layer 1 are not finite"):
         evaluate(toy_checkpoint_with_nan, {}, windows)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["embed_tokens.weight", "norm.weight"])
+def test_what_the_head_alone_shows_is_named_too(name, value, toy, windows, tmp_path):
+    folder = shutil.copytree(toy("e4b"), tmp_path / "damaged")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"model.{name}"][1] = value  # token 1 is in no window
+    save_file(tensors, folder / "model.safetensors")
+    with (
+        Checkpoint.open(folder) as checkpoint,
+        pytest.raises(CheckpointError, match=f"under bf16 {name} has NaN or infinity$"),
+    ):
+        evaluate(checkpoint, {}, windows)
 
 
 @pytest.mark.parametrize(
