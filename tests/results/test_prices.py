@@ -99,6 +99,7 @@ def test_only_layers_with_a_spec_of_their_own_are_charged_for_it(prices):
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
+        ("theirs=file:model.gguf", "theirs: a published file's weights have no prices"),
         ("mlp=int3-g128", "layers.3.mlp.up_proj.weight: no price of int3-g128; priced: int8-g128, int4-g128"),
         ("mlp=int4-g64", "no price of int4-g64"),
         ("kv=int4", "kv.3: no price of int4; priced: int8"),
