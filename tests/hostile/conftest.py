@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,20 +32,16 @@ def model(toy, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def run_of_model(model, tmp_path_factory) -> Path:
+def run_of_model(model, tmp_path_factory, run_pytest) -> Path:
     """The JSON of a run with footprints, prices and qualities; its prices lie beside it."""
     out = tmp_path_factory.mktemp("run") / "out.json"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     options = ["--checkpoint", model, "--policy", "mlp=int4", "--text", model / "text.txt"]
     options += ["--calibration-text", model / "calibration.txt"]
     options += ["--windows", "2", "--window-tokens", "32", "--price", "int4", "--price", "int8", "--price", "ternary"]
     options += ["-k", "footprint or prices or quality or memory", "--benchmark-json", out]
     files = [f"benchmarks/test_{subject}.py" for subject in ("footprint", "quality", "ple")]
-    command = [sys.executable, "-m", "pytest", "-q", "-pno:cacheprovider", "-pno:hypothesispytest", *files, *options]
-    done = subprocess.run(
-        list(map(str, command)), cwd=REPOSITORY, env=environment, capture_output=True, encoding="utf-8", check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    status, printed = run_pytest("-q", *files, *options)
+    assert status == 0, printed
     return out
 
 

@@ -1,8 +1,6 @@
 """The PLE benchmark, run as a user runs it, on the token ids of real texts, against plain Python and NumPy."""
 
 import json
-import subprocess
-import sys
 from collections import Counter, OrderedDict
 from pathlib import Path
 
@@ -38,7 +36,7 @@ def ids():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, run_pytest):
     """A run on one of the texts, and on a trace that a user gives."""
     folder = tmp_path_factory.mktemp("run")
     np.save(folder / "own.npy", np.array(OWN))
@@ -50,9 +48,8 @@ def run(tmp_path_factory):
         "--benchmark-json",
         folder / "o.json",
     ]
-    command = [sys.executable, "-m", "pytest", "-pno:cacheprovider", "-pno:hypothesispytest", "benchmarks/test_ple.py"]
-    done = subprocess.run([*command, *map(str, options)], cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    status, printed = run_pytest("benchmarks/test_ple.py", *options)
+    assert status == 0, printed
     benchmarks = json.loads((folder / "o.json").read_text(encoding="utf-8"))["benchmarks"]
     return Run({}, tuple(Record.from_json(one["extra_info"][JSON_KEY]) for one in benchmarks))
 
