@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-
 # A reader that takes longer hangs.
 _SECONDS = 20
 
