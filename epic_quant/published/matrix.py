@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from epic_quant.quant.backends import REFERENCE
-from epic_quant.quant.stored import bits_per_weight, row_chunks
+from epic_quant.quant.stored import bits_per_weight, joined_rows, product_of_rows, row_chunks
 from epic_quant.spec import WeightSpec
 
 # Weights decoded at a time: temporaries of 1 MB in fp32 stay in a core's cache.
@@ -47,18 +46,11 @@ class PublishedMatrix:
         return replace(self, stored={name: tensor.index_select(0, ids) for name, tensor in self.stored.items()})
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
-        decoded = torch.empty(self.shape, dtype=dtype)
-        for chunk in row_chunks(*self.shape, _CHUNK):
-            decoded[chunk] = self._decoded(chunk).clamp_(-limit, limit)
-        return decoded
+        return joined_rows(self._decoded_chunks(), self, dtype)
 
     def matmul(self, x: Tensor, activations: str = "fp32") -> Tensor:
         """As `StoredMatrix.matmul`; rows are decoded some at a time. Activations are never rounded."""
-        out = x.new_empty(*x.shape[:-1], self.shape[0])
-        for chunk in row_chunks(*self.shape, _CHUNK):
-            out[..., chunk] = functional.linear(x, self._decoded(chunk).to(x.dtype))
-        return out
+        return product_of_rows(x, self._decoded_chunks(), self.shape[0])
 
     def computed_by(self, activations: str = "fp32") -> str:
         return REFERENCE
@@ -66,5 +58,6 @@ class PublishedMatrix:
     def tensors(self) -> dict[str, Tensor]:
         return dict(self.stored)
 
-    def _decoded(self, rows: slice) -> Tensor:
-        return self.decode({name: tensor[rows] for name, tensor in self.stored.items()})
+    def _decoded_chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        for rows in row_chunks(*self.shape, _CHUNK):
+            yield rows, self.decode({name: tensor[rows] for name, tensor in self.stored.items()})

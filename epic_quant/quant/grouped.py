@@ -17,7 +17,7 @@ from epic_quant.quant.bitpack import Packing
 from epic_quant.quant.formats import Format, check_finite, format_named
 from epic_quant.quant.gptq import Hessian
 from epic_quant.quant.scales import SCALE_DTYPE, stored_scale
-from epic_quant.quant.stored import StoredMatrix, bits_per_weight, row_chunks
+from epic_quant.quant.stored import StoredMatrix, bits_per_weight, joined_rows, product_of_rows, row_chunks
 from epic_quant.spec import WeightSpec
 
 # Weights worked on at a time: temporaries of 1 MB in fp32 stay in a core's cache. Error compensation takes a column
@@ -144,13 +144,10 @@ class GroupedMatrix:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         if self._kernels is not None:
             return self._kernels.dequantize(dtype)
-        limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
-        decoded = torch.empty(self.shape, dtype=dtype, device=self.packed.device)
-        for chunk, values in self._decoded_chunks():
-            if self.spec.hadamard_block:
-                values = hadamard.unrotate(values, self.spec.hadamard_block, self.backend)
-            decoded[chunk] = values.clamp_(-limit, limit)
-        return decoded
+        chunks = self._decoded_chunks()
+        if block := self.spec.hadamard_block:
+            chunks = ((rows, hadamard.unrotate(values, block, self.backend)) for rows, values in chunks)
+        return joined_rows(chunks, self, dtype)
 
     def matmul(self, x: Tensor, activations: str = "fp32") -> Tensor:
         """As `StoredMatrix.matmul`, by a kernel where there is one; it rotates x, never the matrix back."""
@@ -159,8 +156,7 @@ class GroupedMatrix:
             return product
         if self.spec.hadamard_block:
             x = hadamard.rotate(x, self.spec.hadamard_block, self.backend)
-        products = (torch.nn.functional.linear(x, values.to(x.dtype)) for _, values in self._decoded_chunks())
-        return torch.cat([x.new_empty(*x.shape[:-1], 0), *products], -1)
+        return product_of_rows(x, self._decoded_chunks(), self.shape[0])
 
     def computed_by(self, activations: str = "fp32") -> str:
         return backends.computed_by(self._kernels, activations)

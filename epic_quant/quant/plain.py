@@ -12,7 +12,7 @@ from torch.nn import functional
 from epic_quant.quant.backends import REFERENCE
 from epic_quant.quant.formats import Format, check_finite
 from epic_quant.quant.gptq import Hessian
-from epic_quant.quant.stored import StoredMatrix, bits_per_weight, row_chunks
+from epic_quant.quant.stored import StoredMatrix, bits_per_weight, product_of_rows, row_chunks
 from epic_quant.spec import WeightSpec
 
 # Weights that are cast at a time: 128 MB in fp32.
@@ -56,10 +56,8 @@ class PlainMatrix:
         """As `StoredMatrix.matmul`; rows are cast to the dtype of x some at a time. Activations are never rounded."""
         if x.dtype == self.values.dtype:
             return functional.linear(x, self.values)
-        out = x.new_empty(*x.shape[:-1], self.shape[0])
-        for chunk in row_chunks(*self.shape, _CHUNK):
-            out[..., chunk] = functional.linear(x, self.values[chunk].to(x.dtype))
-        return out
+        chunks = ((rows, self.values[rows]) for rows in row_chunks(*self.shape, _CHUNK))
+        return product_of_rows(x, chunks, self.shape[0])
 
     def computed_by(self, activations: str = "fp32") -> str:
         return REFERENCE

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from epic_quant.spec import WeightSpec
 
@@ -69,3 +70,20 @@ def row_chunks(rows: int, cols: int, numel: int) -> Iterator[slice]:
     """Slices of rows that hold about `numel` weights each."""
     step = max(1, numel // cols)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def joined_rows(chunks: Iterable[tuple[slice, Tensor]], like: StoredMatrix, dtype: torch.dtype) -> Tensor:
+    """The matrix whose rows the chunks are, fp32 and written to, in `dtype`; what that cannot hold saturates."""
+    limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    decoded = torch.empty(like.shape, dtype=dtype, device=next(iter(like.tensors().values())).device)
+    for rows, values in chunks:
+        decoded[rows] = values.clamp_(-limit, limit)
+    return decoded
+
+
+def product_of_rows(x: Tensor, chunks: Iterable[tuple[slice, Tensor]], num_rows: int) -> Tensor:
+    """`x` [..., cols] times the transposed matrix of these rows: [..., num_rows] in the dtype of x."""
+    out = x.new_empty(*x.shape[:-1], num_rows)
+    for rows, values in chunks:
+        out[..., rows] = functional.linear(x, values.to(x.dtype))
+    return out

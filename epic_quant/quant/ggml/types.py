@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from epic_quant.errors import QuantizationError
 from epic_quant.quant import backends
@@ -20,7 +19,7 @@ from epic_quant.quant.ggml.layout import Bits, EightPairs, Field, Joined, Signed
 from epic_quant.quant.gptq import Hessian
 from epic_quant.quant.grouped import GroupedFormat
 from epic_quant.quant.scales import SCALE_DTYPE
-from epic_quant.quant.stored import StoredMatrix, bits_per_weight, row_chunks
+from epic_quant.quant.stored import StoredMatrix, bits_per_weight, joined_rows, product_of_rows, row_chunks
 from epic_quant.spec import FORMATS as SPEC_FORMATS
 from epic_quant.spec import FormatInfo, WeightSpec
 
@@ -192,21 +191,14 @@ class BlockMatrix:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         if self._kernels is not None:
             return self._kernels.dequantize(dtype)
-        limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
-        decoded = torch.empty(self.shape, dtype=dtype, device=self.blocks.device)
-        for chunk in row_chunks(*self.shape, _CHUNK):
-            decoded[chunk] = self._decoded(chunk).clamp_(-limit, limit)
-        return decoded
+        return joined_rows(self._decoded_chunks(), self, dtype)
 
     def matmul(self, x: Tensor, activations: str = "fp32") -> Tensor:
         """As `StoredMatrix.matmul`, by a kernel where there is one; else rows are decoded some at a time."""
         product = backends.product(self._kernels, x, activations)
         if product is not None:
             return product
-        out = x.new_empty(*x.shape[:-1], self.shape[0])
-        for chunk in row_chunks(*self.shape, _CHUNK):
-            out[..., chunk] = functional.linear(x, self._decoded(chunk).to(x.dtype))
-        return out
+        return product_of_rows(x, self._decoded_chunks(), self.shape[0])
 
     def computed_by(self, activations: str = "fp32") -> str:
         return backends.computed_by(self._kernels, activations)
@@ -230,8 +222,9 @@ class BlockMatrix:
         assert isinstance(found, BlockFormat)
         return found
 
-    def _decoded(self, rows: slice) -> Tensor:
-        return self._format.decode(self.blocks[rows])
+    def _decoded_chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        for rows in row_chunks(*self.shape, _CHUNK):
+            yield rows, self._format.decode(self.blocks[rows])
 
 
 def as_blocks(matrix: StoredMatrix) -> Tensor:
