@@ -1,6 +1,7 @@
 """A small PLE table in a file of its own, with the config that fits it."""
 
 import json
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,16 @@ def checkpoint(tmp_path, table):
 def finite_checkpoint(tmp_path, weights):
     with Checkpoint.open(write_table(tmp_path, weights)) as opened:
         yield opened
+
+
+def lru_hits(stream, capacity, first=()):
+    """By a plain LRU that starts with the first ids, the first of them looked up last: whether each lookup hits."""
+    hot = OrderedDict.fromkeys(reversed(first[:capacity]))
+    hits = []
+    for row in stream:
+        hits.append(row in hot)
+        hot[row] = None
+        hot.move_to_end(row)
+        if len(hot) > capacity:
+            hot.popitem(last=False)
+    return hits

@@ -22,6 +22,8 @@ from epic_quant.records.subjects import (
 )
 from epic_quant.results.run import Run
 
+from .conftest import lru_hits
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEXTS = {"kjv": "King James Bible, first 200,000 tokens", "python": "Python's library, first 200,000 tokens"}
 OWN = [5, 6, 5, 5, 7, 5, 6, 5]
@@ -52,19 +54,6 @@ def run(tmp_path_factory, run_pytest):
     assert status == 0, printed
     benchmarks = json.loads((folder / "o.json").read_text(encoding="utf-8"))["benchmarks"]
     return Run({}, tuple(Record.from_json(one["extra_info"][JSON_KEY]) for one in benchmarks))
-
-
-def lru_hits(stream, capacity, first=()):
-    """By a plain LRU that starts with the first ids, the first of them looked up last: whether each lookup hits."""
-    hot = OrderedDict.fromkeys(reversed(first[:capacity]))
-    hits = []
-    for row in stream:
-        hits.append(row in hot)
-        hot[row] = None
-        hot.move_to_end(row)
-        if len(hot) > capacity:
-            hot.popitem(last=False)
-    return hits
 
 
 def by_count(stream):

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -13,20 +12,11 @@ from epic_quant.errors import SpecError
 from epic_quant.ple import simulation
 from epic_quant.ple.residency import HALF_LIFE_CAPACITIES, NAMES, WINDOW_SHARE, Residency
 
+from .conftest import lru_hits
+
 ROWS = 12
 streams = st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=80)
 capacities = st.integers(1, ROWS)
-
-
-def plain_lru(stream, capacity):
-    hot, hits = OrderedDict(), []
-    for row in stream:
-        hits.append(row in hot)
-        hot[row] = None
-        hot.move_to_end(row)
-        if len(hot) > capacity:
-            hot.popitem(last=False)
-    return hits
 
 
 def plain_w_lrfu(stream, window_rows, main_rows, half_life):
@@ -71,12 +61,12 @@ def fewest_misses(stream, capacity):
 @given(streams, capacities)
 def test_lru_is_the_textbooks(stream, capacity):
     residency = Residency.named("lru", ROWS, capacity)
-    assert [residency.look_up(np.array([row])).hits for row in stream] == plain_lru(stream, capacity)
+    assert [residency.look_up(np.array([row])).hits for row in stream] == lru_hits(stream, capacity)
 
 
 @given(streams, capacities)
 def test_the_stack_distances_give_lrus_hits_at_every_capacity(stream, capacity):
-    hits = plain_lru(stream, capacity)
+    hits = lru_hits(stream, capacity)
     warm = len(stream) // 3
     assert simulation.lru(np.array(stream), [capacity], warm) == [sum(hits[warm:])]
 
@@ -209,7 +199,7 @@ def test_an_unknown_residency_is_refused_with_the_near_ones():
 def test_an_lru_that_starts_from_a_list_has_looked_it_up_from_its_end(stream, capacity, ids):
     residency = Residency.named("lru", ROWS, capacity, np.array(ids))
     assert set(np.flatnonzero(residency.slot_of >= 0)) == set(ids[:capacity])
-    expected = plain_lru([*ids[:capacity][::-1], *stream], capacity)[capacity:]
+    expected = lru_hits([*ids[:capacity][::-1], *stream], capacity)[capacity:]
     assert [residency.look_up(np.array([row])).hits for row in stream] == expected
 
 
@@ -224,7 +214,7 @@ def test_a_w_lrfu_that_starts_from_a_list_has_looked_it_up_from_its_end(stream, 
 @given(streams, st.integers(2, ROWS), st.permutations(range(ROWS)))
 def test_of_a_list_static_and_lru_pins_the_first_half_and_starts_the_lru_with_the_rest(stream, capacity, ids):
     pinned, others = ids[: capacity // 2], ids[capacity // 2 : capacity]
-    lru = iter(plain_lru([*others[::-1], *(row for row in stream if row not in pinned)], len(others))[len(others) :])
+    lru = iter(lru_hits([*others[::-1], *(row for row in stream if row not in pinned)], len(others))[len(others) :])
     expected = [row in pinned or next(lru) for row in stream]
     residency = Residency.named("static+lru", ROWS, capacity, np.array(ids))
     assert residency.look_up(np.array(stream)).hits == sum(expected)
