@@ -36,18 +36,9 @@ class PolicyWeights(Weights):
         self, checkpoint: Checkpoint, policy: PolicySpec, hessians: Mapping[str, Hessian] | None = None
     ) -> None:
         self._source = CheckpointWeights(checkpoint)
-        check(policy, self._source.config)
+        super().__init__(self._source.config, self._source.tensors)
+        check(policy, self.config)
         self._policy, self._hessians = policy, hessians or {}
-
-    @property
-    def config(self) -> TextConfig:
-        """The checkpoint's text config."""
-        return self._source.config
-
-    @property
-    def tensors(self) -> Mapping[str, TextTensor]:
-        """The text tensors that the file has, by canonical name, unused ones included."""
-        return self._source.tensors
 
     def get(self, name: str) -> Weight:
         """A tensor by its canonical name; raises QuantizationError, naming it, where it cannot be quantized."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from torch import Tensor
@@ -18,15 +18,10 @@ from epic_quant.quant import Weight
 class Weights(ABC):
     """The text model's weights, read on request, however they are stored."""
 
-    @property
-    @abstractmethod
-    def config(self) -> TextConfig:
-        """Their config."""
-
-    @property
-    @abstractmethod
-    def tensors(self) -> Mapping[str, TextTensor]:
-        """The text tensors by canonical name, unused ones included."""
+    def __init__(self, config: TextConfig, names: Container[str]) -> None:
+        """`names` are the canonical names of the text tensors that there are, unused ones included."""
+        self.config = config
+        self.tensors: Mapping[str, TextTensor] = {t.name: t for t in expected_tensors(config) if t.name in names}
 
     @abstractmethod
     def get(self, name: str) -> Weight:
@@ -53,20 +48,13 @@ class CheckpointWeights(Weights):
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._config = TextConfig.read(checkpoint)
-        self._file_names = text_tensors(checkpoint, self._config)
-        self._tensors = {t.name: t for t in expected_tensors(self._config) if t.name in self._file_names}
+        config = TextConfig.read(checkpoint)
+        self._checkpoint, self._file_names = checkpoint, text_tensors(checkpoint, config)
+        super().__init__(config, self._file_names)
 
-    @property
-    def config(self) -> TextConfig:
-        """The checkpoint's text config."""
-        return self._config
-
-    @property
-    def tensors(self) -> Mapping[str, TextTensor]:
-        """The text tensors that the file has, by canonical name, unused ones included."""
-        return self._tensors
+    def file_name(self, name: str) -> str:
+        """What the file calls a tensor."""
+        return self._file_names[name]
 
     def get(self, name: str) -> Tensor:
         """A tensor by its canonical name, in bf16."""
@@ -78,4 +66,4 @@ class CheckpointWeights(Weights):
 
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor in bf16."""
-        return torch.bfloat16.itemsize * math.prod(self._tensors[name].shape)
+        return torch.bfloat16.itemsize * math.prod(self.tensors[name].shape)

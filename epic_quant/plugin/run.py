@@ -22,7 +22,7 @@ from epic_quant.checkpoint import Checkpoint, dtype_name
 from epic_quant.errors import CheckpointError, SpecError, TokenError
 from epic_quant.files import user_path
 from epic_quant.gemma4.config import TextConfig
-from epic_quant.gemma4.tensors import TextTensor, expected_tensors, text_tensors
+from epic_quant.gemma4.tensors import TextTensor, expected_tensors
 from epic_quant.gemma4.weights import CheckpointWeights
 from epic_quant.plan import plan_quality
 from epic_quant.ple.residency import Ids
@@ -340,8 +340,8 @@ class Run:
     @cached_property
     def used_names(self) -> list[str]:
         """The names in the file of the text tensors in use."""
-        names = text_tensors(self.checkpoint, self.config)
-        return [names[tensor.name] for tensor in expected_tensors(self.config) if not tensor.unused]
+        tensors = self._weights.tensors.values()
+        return [self._weights.file_name(tensor.name) for tensor in tensors if not tensor.unused]
 
     def check_values(self) -> None:
         """Read the weights once. Raises CheckpointError, naming tensor and row, where no figure could be had of them.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,6 @@ from epic_quant.gemma4.block import decoder_block, rms_norm
 from epic_quant.gemma4.config import LayerSpec, TextConfig
 from epic_quant.gemma4.kv_store import ForwardKV
 from epic_quant.gemma4.model import Forward, attention_masks, embed, per_layer_inputs, rope_tables
-from epic_quant.gemma4.tensors import TextTensor
 from epic_quant.gemma4.weights import Weights
 from epic_quant.quant import Weight
 
@@ -345,16 +344,9 @@ class _Leaves(Weights):
     """Weights whose looked-up rows are leaves of a graph."""
 
     def __init__(self, weights: Weights) -> None:
+        super().__init__(weights.config, weights.tensors)
         self._weights = weights
         self.found: dict[str, Tensor] = {}
-
-    @property
-    def config(self) -> TextConfig:
-        return self._weights.config
-
-    @property
-    def tensors(self) -> Mapping[str, TextTensor]:
-        return self._weights.tensors
 
     def get(self, name: str) -> Weight:
         return self._weights.get(name)

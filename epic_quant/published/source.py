@@ -89,19 +89,8 @@ class PublishedWeights(Weights):
 
     def __init__(self, file: PublishedFile, config: TextConfig) -> None:
         file.check(config)
+        super().__init__(config, file.tensors)
         self.file = file
-        self._config = config
-        self._tensors = {tensor.name: tensor for tensor in expected_tensors(config) if tensor.name in file.tensors}
-
-    @property
-    def config(self) -> TextConfig:
-        """The checkpoint's text config."""
-        return self._config
-
-    @property
-    def tensors(self) -> Mapping[str, TextTensor]:
-        """The text tensors that the file has, by canonical name, unused ones included."""
-        return self._tensors
 
     def get(self, name: str) -> Weight:
         """A tensor by its canonical name: plain values as a Tensor in the file's dtype, all else packed."""
