@@ -36,6 +36,7 @@ GROUP = 128
 SPECS = (
     *("int4-g128", "int3-g128", "ternary", "codebook4", "codebook3", "int8-g128", "int2-g128", "int4", "int4-g32"),
     *("q4_k", "q6_k", "q8_0"),
+    *("trellis2", "trellis3", "trellis4"),
 )
 ACTIVATIONS = ("int8", "fp32")
 

@@ -19,6 +19,8 @@ class Format:
         peak_level: float,
         either_sign: bool,
         /,
+        state_bits: int = 0,
+        multiplier: int = 0,
     ) -> None: ...
     @property
     def block_cols(self) -> int:
@@ -59,6 +61,21 @@ def rotate(
     cols: int,
     source: int,
     to: int,
+    num_threads: int,
+    /,
+) -> None: ...
+def find_paths(
+    isa: str,
+    bits: int,
+    state_bits: int,
+    values: int,
+    x: int,
+    rows: int,
+    cols: int,
+    before: int,
+    ends: bool,
+    keep: int,
+    states: int,
     num_threads: int,
     /,
 ) -> None: ...

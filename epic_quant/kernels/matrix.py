@@ -36,6 +36,12 @@ class Format:
     searched from the best one for Gaussian weights, whose levels are `gaussian_step` standard deviations apart, to the
     one that puts the largest magnitude on `peak_level`; negative, with `either_sign`, where the largest weight is
     positive.
+
+    A trellis, "trellis1" to "trellis4", has codes that overlap: weight i of a row is the value of a state of
+    `state_bits` bits, those from bit i times the coding's bits on. With p the lower 16 bits of the state's product with
+    `multiplier`, that is levels[p >> 12] + levels[16 + (p >> 8 & 15)]: 16 levels for the upper half of an index, and 16
+    for the lower. Whole pieces of 128 weights lie as [bits, 8] words of 16 bits, eight streams of 16 weights side by
+    side, the rest of a row in order.
     """
 
     coding: str
@@ -45,6 +51,13 @@ class Format:
     gaussian_step: float = 0.0
     peak_level: int = 0
     either_sign: bool = False
+    state_bits: int = 0
+    multiplier: int = 0
+
+    @property
+    def has_quantizer(self) -> bool:
+        """Whether `NativeMatrix.quantize` makes it: a trellis takes a search for paths."""
+        return not self.state_bits
 
 
 class Rotation(NamedTuple):
@@ -129,7 +142,7 @@ class NativeMatrix:
         Raises QuantizationError where a number is not finite, which names the first such row, and KernelError where
         the group does not divide the row, for blocks, and as the constructor does.
         """
-        if _native_format(format).block_cols:
+        if _native_format(format).block_cols or not format.has_quantizer:
             raise KernelError(f"no kernel quantizes to {format.coding}")
         rows, cols = weight.shape
         if group_size < 1 or cols % group_size:
@@ -185,6 +198,45 @@ class NativeMatrix:
         return NativeMatrix, (self._format, self.packed, self.scale, self.shape[1], self._rotation, self.isa)
 
 
+def find_paths(
+    x: Tensor, values: Tensor, bits: int, before: Tensor, keep: int, *, ends: bool, isa: str | None = None
+) -> Tensor:
+    """The states [rows, keep], int32, that a path nearest to x [rows, cols] int16 begins with.
+
+    As `epic_quant.quant.trellis.find_paths`, whose other arguments these are; `isa` as in `NativeMatrix`. Raises
+    KernelError for what does not fit.
+    """
+    state_bits = values.numel().bit_length() - 1
+    if not 1 <= bits <= 4 or values.shape != (1 << state_bits,) or not bits + 5 <= state_bits <= 16:
+        raise KernelError(
+            f"values {list(values.shape)} for {bits} bits, expected 1 to 4 bits, and 2^(bits + 5) to 2^16"
+        )
+    rows, cols = x.shape
+    if not 1 <= keep <= cols or before.shape != (rows,):
+        raise KernelError(
+            f"{keep} of {cols} columns after states {list(before.shape)}, expected 1 or more and [{rows}]"
+        )
+    if x.dtype != torch.int16 or values.dtype != torch.int16:
+        raise KernelError(f"rows and values are {x.dtype} and {values.dtype}, expected {torch.int16}")
+    x, values, before = _in_memory(x), _in_memory(values), _in_memory(before.int())
+    states = torch.empty(rows, keep, dtype=torch.int16)
+    _native().find_paths(
+        isa or kernels.isa(),
+        bits,
+        state_bits,
+        values.data_ptr(),
+        x.data_ptr(),
+        rows,
+        cols,
+        before.data_ptr(),
+        ends,
+        keep,
+        states.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return states.int() & 0xFFFF
+
+
 def rotate(x: Tensor, rotation: Rotation, *, inverse: bool = False, isa: str | None = None) -> Tensor:
     """Rows of x [..., cols], fp32, rotated, or rotated back; `isa` as in `NativeMatrix`.
 
@@ -236,6 +288,8 @@ def _native_format(format: Format) -> Any:
             format.gaussian_step,
             format.peak_level,
             format.either_sign,
+            format.state_bits,
+            format.multiplier,
         )
     except ValueError as error:
         raise KernelError(str(error)) from None

@@ -71,6 +71,16 @@ def rotate(x: Tensor, rotation: Rotation, backend: str | None, *, inverse: bool)
     return None if x.requires_grad else matrix.rotate(x, rotation, inverse=inverse, isa=chosen)
 
 
+def find_paths(
+    x: Tensor, values: Tensor, bits: int, before: Tensor, keep: int, backend: str | None, *, ends: bool
+) -> Tensor | None:
+    """As `trellis.find_paths` by a kernel; None where the reference computes."""
+    chosen = _chosen(backend)
+    if chosen == REFERENCE or x.device.type != "cpu":
+        return None
+    return matrix.find_paths(x, values, bits, before, keep, ends=ends, isa=chosen)
+
+
 def _chosen(backend: str | None) -> str:
     if backend is None:
         return default()

@@ -144,3 +144,23 @@ def encode(
             # Later columns learn of a whole block at once, by one matrix product.
             columns[stop:] -= factor[start:stop, stop:].T @ errors
     return codes.T.contiguous(), torch.cat(scales, dim=1)
+
+
+def encode_blocks(weight: Tensor, factor: Tensor, size: int, encode_block: Callable[[int, Tensor], Tensor]) -> None:
+    """Compensate errors between blocks of `size` columns, for what is encoded together; overwrites `weight` fp32.
+
+    `encode_block` gets a block's first column and all columns from it on [rows, the rest], as compensation has left
+    them, and gives back what the block's weights become, [rows, columns of the block].
+    """
+    cols = weight.shape[1]
+    for outer in range(0, cols, _BLOCK):
+        end = min(outer + _BLOCK, cols)
+        errors = weight.new_empty(len(weight), end - outer)
+        for start in range(outer, end, size):
+            stop = min(start + size, end)
+            error = weight[:, start:stop] - encode_block(start, weight[:, start:])
+            # What the columns of the block, one by one, would have had to compensate to come out so.
+            own = torch.linalg.solve_triangular(factor[start:stop, start:stop], error, upper=True, left=False)
+            errors[:, start - outer : stop - outer] = own
+            weight[:, stop:end] -= own @ factor[start:stop, stop:end]
+        weight[:, end:] -= errors @ factor[outer:end, end:]

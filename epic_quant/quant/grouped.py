@@ -1,4 +1,4 @@
-"""Scalar formats: a code for each weight and fp16 scales for groups of them, of rows that may be rotated first."""
+"""Formats of codes and fp16 scales for groups of them, of rows that may be rotated first; and the scalar ones."""
 
 from __future__ import annotations
 
@@ -30,31 +30,40 @@ MAX_ROTATED = 2.0**100
 
 
 @dataclass(frozen=True)
-class GroupedFormat(Format):
-    """How the weights of a group become codes and back.
-
-    Its methods see groups as [n, size], fp32, and know nothing of rows, packing, rotation or error compensation.
-    """
+class ScaledFormat(Format):
+    """How the weights of a row become bytes and fp16 scales, and back."""
 
     name: str
-    packing: Packing
 
     @cached_property
     def rule(self) -> Rule | None:
         """The format in the terms of the native kernels; None where they do not have it."""
         return None
 
-    @abstractmethod
-    def fit(self, groups: Tensor) -> Tensor:
-        """The scales of each group: [n, size] fp32 to [n, scales a group] fp32."""
+    def with_options(self, spec: WeightSpec) -> ScaledFormat:
+        """The format as the spec's options of its own, such as state bits, make it."""
+        return self
 
     @abstractmethod
-    def encode(self, groups: Tensor, scale: Tensor) -> Tensor:
-        """Codes of the nearest values under that scale: [n, size] fp32 to [n, size] uint8."""
+    def encode_rows(
+        self, values: Tensor, group_size: int, factor: Tensor | None, backend: str | None
+    ) -> tuple[Tensor, Tensor]:
+        """Packed bytes [rows, row bytes] and scales [rows, scales a row], fp16, of `values` [rows, cols] fp32.
+
+        `factor` is the Hessian's, as `Hessian.factor`, where errors are compensated.
+        """
+
+    @abstractmethod
+    def unpack(self, packed: Tensor, cols: int) -> Tensor:
+        """The codes [rows, cols] uint8 of packed rows [rows, row bytes]."""
 
     @abstractmethod
     def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
         """The values that codes stand for: [n, size] uint8 to [n, size] fp32. A zero scale gives zeros."""
+
+    @abstractmethod
+    def row_nbytes(self, cols: int) -> int:
+        """Bytes of a packed row."""
 
     def quantize(
         self, weight: Tensor, spec: WeightSpec, hessian: Tensor | Hessian | None = None, backend: str | None = None
@@ -62,9 +71,10 @@ class GroupedFormat(Format):
         """As `quant.quantize`. A scale saturates at 65504, and weights too small for the least one become zeros."""
         rows, cols = weight.shape
         spec = resolved(spec, cols)
+        own = self.with_options(spec)
         kernels = None if spec.gptq else backends.kernels_for(self.name, weight.device, backend)
-        if kernels is not None and self.rule is not None:
-            made = kernels.quantize(self.rule, weight, spec.group_of(cols), _rotation(spec, cols), backend)
+        if kernels is not None and own.rule is not None and own.rule.has_quantizer:
+            made = kernels.quantize(own.rule, weight, spec.group_of(cols), _rotation(spec, cols), backend)
             return GroupedMatrix(made.packed, made.scale, cols, spec, backend)
         (_, packed_shape), (_, scale_shape) = self.layout(spec, (rows, cols)).values()
         packed = torch.empty(packed_shape, dtype=torch.uint8, device=weight.device)
@@ -75,23 +85,8 @@ class GroupedFormat(Format):
             check_finite(values, chunk.start)
             if spec.hadamard_block:
                 values = hadamard.rotate(values.clamp(-MAX_ROTATED, MAX_ROTATED), spec.hadamard_block, backend)
-            if factor is None:
-                groups = values.reshape(-1, spec.group_of(cols))
-                scales = self.fit(groups)
-                codes = self.encode(groups, scales).view(values.shape)
-                scale[chunk] = stored_scale(scales).view(len(values), -1)
-            else:
-                fit = partial(self._stored_fit, backend=backend)
-                codes, scale[chunk] = gptq.encode(values, factor, spec.group_of(cols), self, fit)
-            packed[chunk] = self.packing.pack(codes)
+            packed[chunk], scale[chunk] = own.encode_rows(values, spec.group_of(cols), factor, backend)
         return GroupedMatrix(packed, scale, cols, spec, backend)
-
-    def _stored_fit(self, groups: Tensor, backend: str | None) -> Tensor:
-        """The scales as they are stored, fp16: of [n, size] fp32, by a kernel where there is one."""
-        kernels = backends.kernels_for(self.name, groups.device, backend)
-        if kernels is None or self.rule is None:
-            return stored_scale(self.fit(groups))
-        return kernels.quantize(self.rule, groups, groups.shape[1], isa=backend).scale
 
     def from_tensors(
         self, spec: WeightSpec, tensors: Mapping[str, Tensor], shape: tuple[int, int], backend: str | None = None
@@ -102,9 +97,52 @@ class GroupedFormat(Format):
         rows, cols = shape
         scales = cols // resolved(spec, cols).group_of(cols) * spec.info.scales_per_group
         return {
-            "packed": (torch.uint8, (rows, self.packing.row_nbytes(cols))),
+            "packed": (torch.uint8, (rows, self.row_nbytes(cols))),
             "scale": (SCALE_DTYPE, (rows, scales)),
         }
+
+
+@dataclass(frozen=True)
+class GroupedFormat(ScaledFormat):
+    """A scalar format: how the weights of a group become codes, one for each, and back.
+
+    Its methods see groups as [n, size], fp32, and know nothing of rows, packing, rotation or error compensation.
+    """
+
+    packing: Packing
+
+    @abstractmethod
+    def fit(self, groups: Tensor) -> Tensor:
+        """The scales of each group: [n, size] fp32 to [n, scales a group] fp32."""
+
+    @abstractmethod
+    def encode(self, groups: Tensor, scale: Tensor) -> Tensor:
+        """Codes of the nearest values under that scale: [n, size] fp32 to [n, size] uint8."""
+
+    def encode_rows(
+        self, values: Tensor, group_size: int, factor: Tensor | None, backend: str | None
+    ) -> tuple[Tensor, Tensor]:
+        if factor is None:
+            groups = values.reshape(-1, group_size)
+            fitted = self.fit(groups)
+            codes = self.encode(groups, fitted).view(values.shape)
+            scale = stored_scale(fitted).view(len(values), -1)
+        else:
+            codes, scale = gptq.encode(values, factor, group_size, self, partial(self.stored_fit, backend=backend))
+        return self.packing.pack(codes), scale
+
+    def unpack(self, packed: Tensor, cols: int) -> Tensor:
+        return self.packing.unpack(packed, cols)
+
+    def row_nbytes(self, cols: int) -> int:
+        return self.packing.row_nbytes(cols)
+
+    def stored_fit(self, groups: Tensor, backend: str | None) -> Tensor:
+        """The scales as they are stored, fp16: of [n, size] fp32, by a kernel where there is one."""
+        kernels = backends.kernels_for(self.name, groups.device, backend)
+        if kernels is None or self.rule is None:
+            return stored_scale(self.fit(groups))
+        return kernels.quantize(self.rule, groups, groups.shape[1], isa=backend).scale
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -165,10 +203,10 @@ class GroupedMatrix:
         return {"packed": self.packed, "scale": self.scale}
 
     @cached_property
-    def _format(self) -> GroupedFormat:
+    def _format(self) -> ScaledFormat:
         found = format_named(self.spec.format)
-        assert isinstance(found, GroupedFormat)
-        return found
+        assert isinstance(found, ScaledFormat)
+        return found.with_options(self.spec)
 
     @cached_property
     def _kernels(self) -> KernelMatrix | None:
@@ -186,7 +224,7 @@ class GroupedMatrix:
             if kernels is not None:
                 yield chunk, kernels.dequantize(torch.float32, rotated=True)
                 continue
-            groups = self._format.packing.unpack(packed, self.cols).reshape(-1, self.spec.group_of(self.cols))
+            groups = self._format.unpack(packed, self.cols).reshape(-1, self.spec.group_of(self.cols))
             yield chunk, self._format.decode(groups, scale.float().view(groups.shape[0], -1)).view(-1, self.cols)
 
 

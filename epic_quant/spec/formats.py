@@ -12,10 +12,11 @@ class FormatInfo:
 
     name: str
     module: str
-    num_levels: int  # values that a weight can take at a given scale, however many bits a code is stored in
+    num_levels: int  # codes that a weight can have, however many bits one is stored in
     scales_per_group: int = 1  # 2 where a group has a zero point as well; 0 where there are no groups to choose
     block_size: int = 1  # weights of a row that lie together in `block_nbytes` bytes; 1 where a row has no blocks
     block_nbytes: int = 0
+    state_bits: tuple[int, ...] = ()  # those that a trellis can have, the first by default; its codes overlap
     is_published: bool = False  # found in published files, and not stored in here
 
     @property
@@ -55,6 +56,7 @@ _ROWS = (
     *(FormatInfo(f"int{bits}", "integer", 1 << bits) for bits in range(2, 9)),
     *(FormatInfo(f"affine{bits}", "affine", 1 << bits, scales_per_group=2) for bits in range(2, 9)),
     *(FormatInfo(f"codebook{bits}", "codebook", 1 << bits) for bits in range(2, 5)),
+    *(FormatInfo(f"trellis{bits}", "trellis", 1 << bits, state_bits=(12, 16)) for bits in range(1, 5)),
     *(FormatInfo(name, "ggml", levels, 0, size, nbytes) for name, (levels, size, nbytes) in _GGML.items()),
 )
 FORMATS: Mapping[str, FormatInfo] = {row.name: row for row in _ROWS}

@@ -69,6 +69,8 @@ class KVStorageSpec:
         info = self.quantizer.info  # Raises where the format, group or Hadamard block is wrong.
         if not info.has_groups:
             raise SpecError(f"{self}: blocks of {info.block_size} weights are not for K and V")
+        if info.state_bits:
+            raise SpecError(f"{self}: a trellis, whose codes overlap, is not for K and V")
         if self.block_tokens is not None and self.group_size is not None:
             raise SpecError(f"{self}: scales are either for groups of dims or for blocks of tokens, not for both")
         # Eight codes of any width are whole bytes.
@@ -81,8 +83,10 @@ class KVStorageSpec:
             if self.pca.format not in FORMATS:
                 raise SpecError(f"{unknown('format', self.pca.format, FORMATS)} (in {str(self)!r})")
             infos.append(FORMATS[self.pca.format])
-            if self.pca.directions < 1 or not infos[-1].has_groups:
-                raise SpecError(f"{self}: +pca is 1 direction or more, stored in a format with scales")
+            if self.pca.directions < 1 or not infos[-1].has_groups or infos[-1].state_bits:
+                raise SpecError(
+                    f"{self}: +pca is 1 direction or more, stored in a format with a code for each and scales"
+                )
             if self.center_tokens is None:
                 raise SpecError(f"{self}: +pca finds its directions in the tokens of a center")
         if self.clip_percent is not None and not 1 <= self.clip_percent < 50:

@@ -276,6 +276,10 @@ NAMED: Mapping[str, PolicySpec] = {
         _named("int4-g128", "lru:5000", "int4-g128", "int4-g128", "int8-g128"),
         _named("int3-g128", "lru:5000", "int3-g128", "int3-g128", "int8-g128"),
         _named("int2-g128", "lru:5000", "int2-g128", "int2-g128", "int8-g128"),
+        *(
+            _named(f"trellis{bits}", "lru:5000", f"trellis{bits}+had256", f"trellis{bits}+had256", "int8-g128")
+            for bits in (4, 3, 2)
+        ),
         _named("ternary-g128", "lru:5000", "ternary-g128", "ternary-g128", "int8-g128"),
     )
 }

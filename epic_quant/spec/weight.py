@@ -20,12 +20,13 @@ _NUMBER = "[1-9][0-9]{0,8}"
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """`FORMAT[-gGROUP][+hadBLOCK][+gptq]`, or `FORMAT[+imatrix]` of blocks: a storage format and its options.
+    """`FORMAT[-lSTATE][-gGROUP][+hadBLOCK][+gptq]`, or `FORMAT[+imatrix]` of blocks: a storage format and its options.
 
     `group_size` is how many weights of a row share a scale; None is one scale a row. `hadamard_block` is the block of
     the Hadamard transform that rotates rows before they are quantized; 0 is no rotation. `gptq` compensates the error
     of a column in the columns that follow. `imatrix` is for formats of blocks, which are ggml's types: squared errors
-    count as much as the inputs of their columns do, an importance matrix. bf16 has no options.
+    count as much as the inputs of their columns do, an importance matrix. `state_bits` are those of a trellis, whose
+    values each depend on so many bits of its row; None is the default, 12. bf16 has no options.
 
     Raises SpecError for an unknown format and for options that it cannot have.
     """
@@ -35,6 +36,7 @@ class WeightSpec:
     hadamard_block: int = 0
     gptq: bool = False
     imatrix: bool = False
+    state_bits: int | None = None
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS and self.format not in PUBLISHED:
@@ -44,6 +46,11 @@ class WeightSpec:
             raise SpecError(f"{self.format} stores {how}: it takes no group, Hadamard block or gptq")
         if self.imatrix and not self.info.block_nbytes:
             raise SpecError(f"{self.format} has no blocks, which alone are fitted with an importance matrix (+imatrix)")
+        if self.state_bits is not None and self.state_bits not in self.info.state_bits:
+            known = " or ".join(map(str, self.info.state_bits)) or "none, as it is no trellis"
+            raise SpecError(f"{self.format} has {self.state_bits} state bits; expected {known}")
+        if self.info.state_bits and self.state_bits == self.info.state_bits[0]:
+            object.__setattr__(self, "state_bits", None)  # one spelling of the default
         if self.group_size is not None and self.group_size < 1:
             raise SpecError(f"the group size is {self.group_size}; expected 1 or more")
         if self.hadamard_block.bit_count() > 1 or not 0 <= self.hadamard_block <= MAX_HADAMARD_BLOCK:
@@ -57,18 +64,22 @@ class WeightSpec:
         head, *stages = text.split("+")
         published = head.partition("-")[0] in PUBLISHED
         format_name, options = split_format(head, PUBLISHED if published else FORMATS)
+        state = take(options, f"l({_NUMBER})")
         group = take(options, f"g({_NUMBER})")
         block = take(stages, f"had({_NUMBER})")
         gptq = take(stages, "(gptq)")
         imatrix = take(stages, "(imatrix)")
-        refuse_rest(text, format_name, options, ["gGROUP"], stages, ["hadBLOCK", "gptq", "imatrix"])
+        is_trellis = format_name in FORMATS and FORMATS[format_name].state_bits
+        known = ["lSTATE", "gGROUP"] if is_trellis else ["gGROUP"]
+        refuse_rest(text, format_name, options, known, stages, ["hadBLOCK", "gptq", "imatrix"])
         sizes = int(group) if group else None, int(block) if block else 0
-        return cls(format_name, *sizes, gptq is not None, imatrix is not None)
+        return cls(format_name, *sizes, gptq is not None, imatrix is not None, int(state) if state else None)
 
     def __str__(self) -> str:
+        state = "" if self.state_bits is None else f"-l{self.state_bits}"
         group = "" if self.group_size is None else f"-g{self.group_size}"
         rotated = f"+had{self.hadamard_block}" if self.hadamard_block else ""
-        return self.format + group + rotated + "+gptq" * self.gptq + "+imatrix" * self.imatrix
+        return self.format + state + group + rotated + "+gptq" * self.gptq + "+imatrix" * self.imatrix
 
     @property
     def info(self) -> FormatInfo:

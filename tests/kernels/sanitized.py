@@ -98,9 +98,67 @@ def check_blocks(native, isa, coding, rows, blocks, tokens, rng):
             assert error <= bound * size, (isa, coding, rows, blocks, tokens, int8, error / size)
 
 
+def path_values(packed, bits, cols, state_bits, multiplier, levels):
+    """Values [rows, cols] of a trellis' rows: pieces of 128 weights are eight streams of 16 side by side."""
+    words = packed.reshape(len(packed), -1, 2).astype(int) @ np.array([1, 256])
+    split = cols // 128 * 8 * bits
+    pieces = words[:, :split].reshape(len(packed), -1, bits, 8).swapaxes(2, 3).reshape(len(packed), -1)
+    words = np.concatenate([pieces, words[:, split:], np.zeros((len(packed), 2), int)], axis=1)
+    first = np.arange(cols) * bits
+    both = words[:, first // 16] + (words[:, first // 16 + 1] << 16)
+    index = (both >> first % 16 & (1 << state_bits) - 1) * multiplier % 65536 // 256
+    return levels[index // 16] + levels[16 + index % 16]
+
+
+def check_trellis(native, isa, bits, rows, cols, groups, tokens, rng):
+    state_bits, multiplier = int(rng.choice([12, 16])), int(rng.integers(0, 2**15)) * 2 + 1
+    levels = rng.integers(-63, 64, 32)
+    packed = Exact(rng.integers(0, 256, (rows, -(-cols * bits // 16) * 2), dtype=np.uint8))
+    scale = Exact(rng.standard_normal((rows, groups)).astype(np.float16))
+    stored = native.Format(f"trellis{bits}", levels.tolist(), 0, 0.0, 0.0, 0.0, False, state_bits, multiplier)
+    assert stored.row_nbytes(cols) == packed.values.shape[1]
+    matrix = native.Matrix(isa, stored, 0, 0, rows, cols, groups, packed.address, scale.address)
+    weight = path_values(packed.values, bits, cols, state_bits, multiplier, levels)
+    weight = weight * np.repeat(scale.values.astype(float), cols // groups, axis=1)
+    x = Exact(rng.standard_normal((tokens, cols)).astype(np.float32))
+    size = np.linalg.norm(x.values) * max(np.linalg.norm(weight), np.linalg.norm(scale.values)) / min(cols, 64) ** 0.5
+    for threads in THREADS:
+        decoded = Exact(np.full((rows, cols), np.nan, np.float32))
+        matrix.dequantize(0, decoded.address, False, threads)
+        assert np.array_equal(decoded.values, weight.astype(np.float32)), (isa, bits, rows, cols, groups)
+        for int8, bound in ((False, 1e-5), (True, 0.1)):
+            out = Exact(np.full((tokens, rows), np.nan, np.float32))
+            matrix.matmul(x.address, tokens, out.address, int8, threads)
+            error = np.linalg.norm(out.values - x.values.astype(float) @ weight.T)
+            assert error <= bound * size, (isa, bits, rows, cols, groups, tokens, int8, error / size)
+
+
+def check_paths(native, isa, bits, rows, cols, keep, rng):
+    values = Exact((rng.integers(-127, 128, 1 << 12) * 256).astype(np.int16))
+    x = Exact((rng.standard_normal((rows, cols)) * 10000).clip(-32768, 32767).astype(np.int16))
+    before = Exact(rng.integers(-1, 1 << 12, rows).astype(np.int32))
+    states = Exact(np.zeros((rows, keep), np.uint16))
+    arguments = (before.address, bool(rng.integers(2)), keep, states.address, int(rng.choice(THREADS)))
+    native.find_paths(isa, bits, 12, values.address, x.address, rows, cols, *arguments)
+    path = np.concatenate([before.values[:, None], states.values.astype(int)], axis=1)
+    follows = path[:, 1:] >> bits == path[:, :-1] & (1 << 12 - bits) - 1
+    assert (follows | (path[:, :-1] < 0)).all(), (isa, bits, rows, cols, keep)
+
+
 def check_all(native, rng):
     checked = 0
     for isa in native.isas():
+        for bits in (1, 2, 3, 4):
+            for cols in (1, 5, 16, 127, 128, 130, 256, 300, 640, 2561):
+                for rows, tokens in ((1, 1), (3, 2), (17, 5), (40, 50)):
+                    check_trellis(native, isa, bits, rows, cols, 1, tokens, rng)
+                    checked += 1
+                check_paths(native, isa, bits, 3, min(cols, 130), int(rng.integers(1, min(cols, 130) + 1)), rng)
+                checked += 1
+            for group in (10, 16, 80, 128, 160, 384):
+                for groups in (1, 2, 5):
+                    check_trellis(native, isa, bits, 5, group * groups, groups, 3, rng)
+                    checked += 1
         for coding in BLOCKS:
             for blocks in (1, 2, 3, 10, 33):
                 for rows, tokens in ((1, 1), (3, 2), (17, 5), (5, 50), (700, 1)):

@@ -21,7 +21,7 @@ parse = WeightSpec.parse
 # Every scheme whose codes a kernel knows, over a whole row and in groups: of several blocks, one, half a step, and such
 # as no step of a kernel falls in with.
 GROUPS = ("", "-g16", "-g32", "-g64", "-g80", "-g128", "-g160", "-g384", "-g10")
-CODINGS = {"bits2", "bits3", "bits4", "bits8", "trits"}
+CODINGS = {"bits2", "bits3", "bits4", "bits8", "trits", *(f"trellis{bits}" for bits in range(1, 5))}
 RULES = {name: format_named(name).rule for name, info in FORMATS.items() if info.has_groups}
 KNOWN = [name for name, rule in RULES.items() if rule is not None and rule.coding in CODINGS]
 # ggml's types that kernels know, whose blocks hold their scales.

@@ -7,6 +7,7 @@
 #define EPIC_QUANT_AVX2
 #include "gemm_avx2.h"
 #include "quantize.h"
+#include "viterbi.h"
 
 namespace epic_quant {
 namespace {
@@ -40,6 +41,6 @@ Kernels kernels(const Format& format, const Layout& layout) {
 
 }  // namespace
 
-const Isa avx2_isa = {"avx2", runs_here, kernels, rotate_rows};
+const Isa avx2_isa = {"avx2", runs_here, kernels, rotate_rows, find_paths};
 
 }  // namespace epic_quant

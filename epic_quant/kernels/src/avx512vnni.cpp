@@ -9,6 +9,7 @@
 #define EPIC_QUANT_AVX512
 #include "gemm_avx512.h"
 #include "quantize.h"
+#include "viterbi.h"
 
 namespace epic_quant {
 namespace {
@@ -45,6 +46,6 @@ Kernels kernels(const Format& format, const Layout& layout) {
 
 }  // namespace
 
-const Isa avx512vnni_isa = {"avx512vnni", runs_here, kernels, rotate_rows};
+const Isa avx512vnni_isa = {"avx512vnni", runs_here, kernels, rotate_rows, find_paths};
 
 }  // namespace epic_quant

@@ -75,6 +75,24 @@ struct Bytes<16> {
     return each_word([&](unsigned word) { return word * factor >> 16; });
   }
   EPIC_QUANT_INLINE Bytes odd() const { return each_word([](unsigned word) { return word & 0xFF00; }); }
+  EPIC_QUANT_INLINE Bytes times(unsigned factor) const {
+    return each_word([&](unsigned word) { return word * factor; });
+  }
+  static EPIC_QUANT_INLINE Bytes fill_words(unsigned word) {
+    return Bytes{}.each_word([&](unsigned) { return word; });
+  }
+  template <int L>
+  EPIC_QUANT_INLINE Bytes from_second_word(Bytes next) const {
+    static_assert(L == 16, "one row at a time");
+    return each([&](int i) { return i < 14 ? v[i + 2] : next.v[i - 14]; });
+  }
+  EPIC_QUANT_INLINE Bytes zip_low(Bytes other) const {
+    return each([&](int i) { return i % 2 ? other.v[i / 2] : v[i / 2]; });
+  }
+  EPIC_QUANT_INLINE Bytes zip_high(Bytes other) const {
+    return each([&](int i) { return i % 2 ? other.v[8 + i / 2] : v[8 + i / 2]; });
+  }
+  EPIC_QUANT_INLINE void store_lanes(std::uint8_t* to, std::size_t) const { store(to); }
 
   EPIC_QUANT_OWN_FUNCTION Bytes look_up(Bytes indices) const { return each([&](int i) { return v[indices.v[i]]; }); }
 };
@@ -122,6 +140,26 @@ struct Bytes<32> {
     return {_mm256_mulhi_epu16(v, _mm256_set1_epi16(static_cast<short>(factor)))};
   }
   EPIC_QUANT_INLINE Bytes odd() const { return {_mm256_and_si256(v, _mm256_set1_epi16(static_cast<short>(0xFF00)))}; }
+  // The lower halves of products of words with a factor.
+  EPIC_QUANT_INLINE Bytes times(unsigned factor) const {
+    return {_mm256_mullo_epi16(v, _mm256_set1_epi16(static_cast<short>(factor)))};
+  }
+  static EPIC_QUANT_INLINE Bytes fill_words(unsigned word) { return {_mm256_set1_epi16(static_cast<short>(word))}; }
+  // In every L bytes, all words but the first, and after them the first of `next`.
+  template <int L>
+  EPIC_QUANT_INLINE Bytes from_second_word(Bytes next) const {
+    static_assert(L == 16, "one row at a time");
+    return {_mm256_alignr_epi8(next.v, v, 2)};
+  }
+
+  // Bytes of this and of another in turns, from the lower or upper halves of lanes.
+  EPIC_QUANT_INLINE Bytes zip_low(Bytes other) const { return {_mm256_unpacklo_epi8(v, other.v)}; }
+  EPIC_QUANT_INLINE Bytes zip_high(Bytes other) const { return {_mm256_unpackhi_epi8(v, other.v)}; }
+  // The inverse of `load_lanes`.
+  EPIC_QUANT_INLINE void store_lanes(std::uint8_t* to, std::size_t stride) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(v));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + stride), _mm256_extracti128_si256(v, 1));
+  }
 
   // This as a table, lane by lane, of indices below 16.
   EPIC_QUANT_INLINE Bytes look_up(Bytes indices) const { return {_mm256_shuffle_epi8(v, indices.v)}; }
@@ -162,6 +200,15 @@ struct Bytes<64> {
     return {_mm512_mulhi_epu16(v, _mm512_set1_epi16(static_cast<short>(factor)))};
   }
   EPIC_QUANT_INLINE Bytes odd() const { return {_mm512_and_si512(v, _mm512_set1_epi16(static_cast<short>(0xFF00)))}; }
+  EPIC_QUANT_INLINE Bytes times(unsigned factor) const {
+    return {_mm512_mullo_epi16(v, _mm512_set1_epi16(static_cast<short>(factor)))};
+  }
+  static EPIC_QUANT_INLINE Bytes fill_words(unsigned word) { return {_mm512_set1_epi16(static_cast<short>(word))}; }
+  template <int L>
+  EPIC_QUANT_INLINE Bytes from_second_word(Bytes next) const {
+    static_assert(L == 4, "sixteen rows at a time");
+    return {_mm512_or_si512(_mm512_srli_epi32(v, 16), _mm512_slli_epi32(next.v, 16))};
+  }
 
   EPIC_QUANT_INLINE Bytes look_up(Bytes indices) const { return {_mm512_shuffle_epi8(v, indices.v)}; }
   template <class Mask>

@@ -25,6 +25,7 @@ constexpr std::size_t kVector = 32;
 //                               together (and where a code may cross bytes, those at the same place of all `in`)
 // or, where units hold scales, only decode, whose vectors of bytes begin at `input_at`, and
 //   scales(unit, scales, minima)  those of its groups in fp32; minima only where the coding has them
+// and a trellis only decode, with the first vector of what follows as one more, which gives values and not codes.
 template <Coding K>
 struct Codes;
 
@@ -263,6 +264,54 @@ struct Codes<Coding::q4_k> {
   }
 };
 
+// ---- trellises ----
+
+// What a state stands for, as a signed byte; or 128 more, as an unsigned one.
+template <class B>
+struct StateValues {
+  StateValues(const States& states, bool from128)
+      : mask(B::fill_words(states.mask())), multiplier(states.multiplier),
+        high(B::repeat(states.high) ^ B::fill(from128 ? 128 : 0)), low(B::repeat(states.low)) {}
+  B mask;
+  unsigned multiplier;
+  B high, low;
+};
+
+// A row is a stream of bits, the lowest first, and the state of weight i are those from bit i * Bits of it on. Half a
+// unit is eight streams of 16 weights side by side: [Bits, 8] words of 16 bits, so that all shifts are the same. Weights
+// v and v + 8 of them become the lower and the upper bytes of vector v.
+template <int Bits>
+struct TrellisCodes {
+  template <int L, class B>
+  static EPIC_QUANT_INLINE void decode(const B (&in)[Bits + 1], const StateValues<B>& states, B (&values)[8]) {
+    B words[Bits + 1];
+    EPIC_QUANT_UNROLL for (int i = 0; i < Bits; ++i) words[i] = in[i];
+    words[Bits] = in[0].template from_second_word<L>(in[Bits]);
+    EPIC_QUANT_UNROLL for (int v = 0; v < 8; ++v) {
+      const B first = product(words, v * Bits, states), second = product(words, (v + 8) * Bits, states);
+      const B index = first.down(8) | second.odd();
+      values[v] = states.high.look_up(index.down(4) & B::fill(15)) + states.low.look_up(index & B::fill(15));
+    }
+  }
+
+ private:
+  template <class B>
+  static EPIC_QUANT_INLINE B product(const B (&words)[Bits + 1], int at, const StateValues<B>& states) {
+    const int word = at / 16, shift = at % 16;
+    const B window = shift ? words[word].down(shift) | words[word + 1].up(16 - shift) : words[word];
+    return (window & states.mask).times(states.multiplier);
+  }
+};
+
+template <>
+struct Codes<Coding::trellis1> : TrellisCodes<1> {};
+template <>
+struct Codes<Coding::trellis2> : TrellisCodes<2> {};
+template <>
+struct Codes<Coding::trellis3> : TrellisCodes<3> {};
+template <>
+struct Codes<Coding::trellis4> : TrellisCodes<4> {};
+
 // ---- the coding of a matrix, as a type ----
 
 template <Coding K, bool Table = false>
@@ -272,6 +321,7 @@ struct Kind {
   static constexpr int group_codes = row_of(K).group_codes;
   static constexpr bool has_scales = group_codes > 0, has_minima = row_of(K).has_minima;
   static constexpr int inputs = unit_nbytes / 32;  // vectors of bytes, of which a block has some bytes more
+  static constexpr bool is_trellis = row_of(K).is_trellis;
   static constexpr bool has_bytes = V && row_of(K).num_bits == 8;
   // Codes stand for signed levels of their own, by a table or as bytes from 128 on, and not for code - zero.
   static constexpr bool has_levels = Table;
@@ -293,9 +343,10 @@ template <class Visit>
 void by_product_kind(const Format& format, Visit&& visit) {
   by_coding(format.coding, [&](auto kind) {
     constexpr Coding K = kind.coding;
-    constexpr bool has_tables = kind.V && !kind.has_bytes && !kind.has_scales && K != Coding::trits;
-    if constexpr (kind.has_bytes) visit(Kind<K, true>{});
-    if constexpr (kind.V && !kind.has_bytes && !has_tables) visit(Kind<K, false>{});
+    constexpr bool has_values = kind.has_bytes || kind.is_trellis;
+    constexpr bool has_tables = kind.V && !has_values && !kind.has_scales && K != Coding::trits;
+    if constexpr (has_values) visit(Kind<K, true>{});
+    if constexpr (kind.V && !has_values && !has_tables) visit(Kind<K, false>{});
     if constexpr (has_tables)
       format.table_bits ? visit(Kind<K, true>{}) : visit(Kind<K, false>{});
   });
@@ -307,11 +358,13 @@ void by_product_kind(const Format& format, Visit&& visit) {
 template <class B, bool From128 = false>
 struct Levels {
   explicit Levels(const Format& format)
-      : table(B::repeat(format.table) ^ B::fill(From128 ? 128 : 0)), zero(B::fill(format.zero)) {}
+      : table(B::repeat(format.table) ^ B::fill(From128 ? 128 : 0)), zero(B::fill(format.zero)),
+        states(format.states, From128) {}
 
-  // Levels of a table, or of bytes.
+  // Levels of a table, or of bytes; a trellis has been decoded to them.
   template <class Kind>
   EPIC_QUANT_INLINE B level(B codes) const {
+    if constexpr (Kind::is_trellis) return codes;
     return !Kind::has_bytes ? table.look_up(codes) : From128 ? codes : codes ^ B::fill(128);
   }
   // Of any coding.
@@ -320,23 +373,48 @@ struct Levels {
     return Kind::has_levels ? level<Kind>(codes) : codes - zero;
   }
   B table, zero;
+  StateValues<B> states;
 };
 
-// Bytes that hold what a row lacks to whole blocks.
-constexpr std::size_t kTailNbytes = 160;
+// Bytes that hold what a row lacks to whole blocks, and what is read behind them.
+constexpr std::size_t kTailNbytes = 272;
 
-// Where a row's units are read: in place, but for those that reach past its end, which are in a copy with zeros after.
-struct Row {
-  EPIC_QUANT_INLINE Row(const StoredMatrix& matrix, std::size_t row, std::size_t unit_nbytes)
-      : in_place_(matrix.packed + row * matrix.row_nbytes), whole_(matrix.row_nbytes / unit_nbytes) {
-    // A block of several units may begin inside the row and end far behind it.
-    if (whole_ < matrix.layout.num_units) {
-      std::memset(tail_, 0, sizeof tail_);
-      std::memcpy(tail_, in_place_ + whole_ * unit_nbytes, matrix.row_nbytes - whole_ * unit_nbytes);
-    }
+// Units of a row that are read in place: those whose last bytes, and what a trellis reads of the next, are in the row.
+template <class Kind>
+EPIC_QUANT_INLINE std::size_t units_in_place(const StoredMatrix& matrix) {
+  if (!Kind::is_trellis) return matrix.row_nbytes / Kind::unit_nbytes;
+  const std::size_t whole = matrix.cols / (Kind::V * kVector);
+  return whole ? whole - 1 : 0;
+}
+
+// The units from `first` on, of which some are not in place, with zeros after.
+template <class Kind>
+EPIC_QUANT_INLINE void copy_tail(const StoredMatrix& matrix, const std::uint8_t* row, std::size_t first,
+                                 std::uint8_t (&tail)[kTailNbytes]) {
+  std::memset(tail, 0, sizeof tail);
+  std::size_t size = matrix.row_nbytes - first * Kind::unit_nbytes;
+  const std::uint8_t* from = row + first * Kind::unit_nbytes;
+  if constexpr (Kind::is_trellis) {
+    // What is left of half a unit has its words in order.
+    constexpr std::size_t kHalf = Kind::unit_nbytes / 2, kWords = Kind::inputs;
+    const std::size_t whole = (matrix.cols - first * Kind::V * kVector) / (kHalf * 8 / kWords) * kHalf;
+    for (std::size_t word = 0; whole + 2 * word < size; ++word)
+      std::memcpy(tail + whole + 16 * (word % kWords) + 2 * (word / kWords), from + whole + 2 * word, 2);
+    size = whole;
   }
-  EPIC_QUANT_INLINE const std::uint8_t* unit(std::size_t index, std::size_t unit_nbytes) const {
-    return index < whole_ ? in_place_ + index * unit_nbytes : tail_ + (index - whole_) * unit_nbytes;
+  std::memcpy(tail, from, size);
+}
+
+// Where a row's units are read: in place, or in a copy of those that reach past its end.
+template <class Kind>
+struct Row {
+  EPIC_QUANT_INLINE Row(const StoredMatrix& matrix, std::size_t row)
+      : in_place_(matrix.packed + row * matrix.row_nbytes), whole_(units_in_place<Kind>(matrix)) {
+    // A block of several units may begin inside the row and end far behind it.
+    if (whole_ < matrix.layout.num_units) copy_tail<Kind>(matrix, in_place_, whole_, tail_);
+  }
+  EPIC_QUANT_INLINE const std::uint8_t* unit(std::size_t index) const {
+    return index < whole_ ? in_place_ + index * Kind::unit_nbytes : tail_ + (index - whole_) * Kind::unit_nbytes;
   }
 
  private:
@@ -346,24 +424,28 @@ struct Row {
 };
 
 // The codes of a unit, or where vectors have 16 bytes those from byte `at` of each vector on.
-template <class Kind, class B>
-EPIC_QUANT_INLINE void decode(const std::uint8_t* unit, int at, B (&codes)[Kind::V]) {
-  B in[Kind::inputs];
-  EPIC_QUANT_UNROLL for (int i = 0; i < Kind::inputs; ++i) {
+template <class Kind, class B, bool From128>
+EPIC_QUANT_INLINE void decode(const std::uint8_t* unit, int at, const Levels<B, From128>& levels,
+                              B (&codes)[Kind::V]) {
+  B in[Kind::inputs + Kind::is_trellis];
+  EPIC_QUANT_UNROLL for (int i = 0; i < Kind::inputs + Kind::is_trellis; ++i) {
     if constexpr (Kind::has_scales)
       in[i] = B::load(unit + Codes<Kind::coding>::input_at[i] + at);
     else
       in[i] = B::load_lanes(unit + at * Kind::inputs + 16 * i, 16 * Kind::inputs);
   }
-  Codes<Kind::coding>::template decode<16>(in, codes);
+  if constexpr (Kind::is_trellis)
+    Codes<Kind::coding>::template decode<16>(in, levels.states, codes);
+  else
+    Codes<Kind::coding>::template decode<16>(in, codes);
 }
 
 // A unit as `of` makes bytes of vectors of codes: [V, 32].
-template <class Kind, class B, class Of>
-EPIC_QUANT_INLINE void decode_unit(const std::uint8_t* unit, void* to, Of of) {
+template <class Kind, class B, bool From128, class Of>
+EPIC_QUANT_INLINE void decode_unit(const std::uint8_t* unit, const Levels<B, From128>& levels, void* to, Of of) {
   EPIC_QUANT_UNROLL for (int at = 0; at < 32; at += B::size) {
     B codes[Kind::V];
-    decode<Kind>(unit, at, codes);
+    decode<Kind>(unit, at, levels, codes);
     EPIC_QUANT_UNROLL for (int v = 0; v < Kind::V; ++v)
       of(codes[v]).store(static_cast<std::uint8_t*>(to) + v * 32 + at);
   }

@@ -9,8 +9,11 @@ namespace epic_quant {
 
 // How codes lie in a row's bytes: `num_bits` each, the lowest bit first, across byte borders; or five base-3 digits a
 // byte, the first as the lowest ("trits", num_bits 0). Those of ggml's types lie in blocks that hold scales as well, as
-// epic_quant/quant/ggml/types.py says where.
-enum class Coding : int { bits1, bits2, bits3, bits4, bits5, bits6, bits7, bits8, trits, q8_0, q6_k, q4_k };
+// epic_quant/quant/ggml/types.py says where. Those of a trellis are bits of a path, as epic_quant/quant/trellis.py says.
+enum class Coding : int {
+  bits1, bits2, bits3, bits4, bits5, bits6, bits7, bits8, trits, q8_0, q6_k, q4_k,
+  trellis1, trellis2, trellis3, trellis4,
+};
 
 // Products read a row a unit at a time: `unit_nbytes` that decode to `num_vectors` vectors of 32 codes. A coding
 // without products has neither. Where units are blocks, they hold a scale for every `group_codes` codes; else it is 0.
@@ -19,6 +22,7 @@ struct CodingRow {
   const char* name;
   int num_bits, num_vectors, unit_nbytes, group_codes;
   bool has_minima;  // a weight is scale * code - minimum
+  bool is_trellis = false;
 
   constexpr std::size_t unit_codes() const { return 32 * static_cast<std::size_t>(num_vectors); }
 };
@@ -28,6 +32,8 @@ constexpr CodingRow kCodings[] = {
     {"bits4", 4, 2, 32, 0, false}, {"bits5", 5, 0, 0, 0, false},     {"bits6", 6, 0, 0, 0, false},
     {"bits7", 7, 0, 0, 0, false},  {"bits8", 8, 1, 32, 0, false},    {"trits", 0, 5, 32, 0, false},
     {"q8_0", 8, 1, 34, 32, false}, {"q6_k", 6, 8, 210, 16, false},   {"q4_k", 4, 8, 144, 32, true},
+    {"trellis1", 1, 8, 32, 0, false, true}, {"trellis2", 2, 8, 64, 0, false, true},
+    {"trellis3", 3, 8, 96, 0, false, true}, {"trellis4", 4, 8, 128, 0, false, true},
 };
 constexpr int kNumCodings = sizeof kCodings / sizeof kCodings[0];
 
@@ -37,6 +43,7 @@ constexpr std::size_t row_nbytes(Coding coding, std::size_t cols) {
   const CodingRow& row = row_of(coding);
   if (row.group_codes) return cols / row.unit_codes() * static_cast<std::size_t>(row.unit_nbytes);
   const auto num_bits = static_cast<std::size_t>(row.num_bits);
+  if (row.is_trellis) return (cols * num_bits + 15) / 16 * 2;
   return num_bits ? (cols * num_bits + 7) / 8 : (cols + 4) / 5;
 }
 
@@ -45,6 +52,16 @@ constexpr std::size_t row_nbytes(Coding coding, std::size_t cols) {
 enum class Rounding : int { nearest, sign, table };
 
 constexpr int kMaxTable = 16;
+
+// A trellis: the value of a state of `state_bits` is high[p >> 12] + low[p >> 8 & 15] with p the lower 16 bits of its
+// product with the multiplier. Magnitudes are at most 127.
+struct States {
+  int state_bits;
+  unsigned multiplier;
+  std::int8_t high[16], low[16];
+
+  constexpr unsigned mask() const { return (1u << state_bits) - 1; }
+};
 
 // What codes mean, and how quantizing chooses them. A weight is scale * (code - zero), or scale * table[code].
 struct Format {
@@ -59,6 +76,7 @@ struct Format {
   float divisor;    // the scale is the largest magnitude over it; where it is 0, the one of least squared error
   double gaussian_step, peak_level;  // where the search for that begins and ends
   bool either_sign;                  // the scale is negative where the largest weight is positive
+  States states;                     // of a trellis
 };
 
 // Rows are stored rotated: multiplied by signs [cols], which are over the root of `block`, and then by Sylvester's
@@ -154,6 +172,23 @@ struct Product {
   float* x_sum;    // [tokens, padded blocks]
 };
 
+// A search for the paths of a trellis that are nearest to rows x [rows, cols]; a state has at least 32 ends, and columns
+// are at least 1. A path is made of states whose first symbol, the one that belongs to the weight, is the highest:
+// `values` [2^state_bits], in the unit of x, are in that order. It goes on from the state before, where that is not
+// negative, and its first `keep` states are written. With `ends` the row is complete.
+struct PathSearch {
+  const std::int16_t* x;
+  std::size_t cols;
+  const std::int16_t* values;
+  int bits, state_bits;
+  const std::int32_t* before;  // [rows]
+  bool ends;
+  std::size_t keep;
+  std::uint16_t* states;  // [rows, keep]
+
+  std::size_t scratch_nbytes() const { return (std::size_t{4} << state_bits) + (cols << (state_bits - bits)); }
+};
+
 // An instruction set: another one is another file that fills this.
 struct Isa {
   const char* name;
@@ -162,6 +197,8 @@ struct Isa {
   // Rows [begin, end) of [rows, cols] rotated, or rotated back.
   void (*rotate)(const Rotation&, bool inverse, std::size_t cols, const float* from, float* to, std::size_t begin,
                  std::size_t end, float* scratch);
+  // Rows [begin, end) of a search.
+  void (*find_paths)(const PathSearch&, std::size_t begin, std::size_t end, std::uint16_t* scratch);
 };
 
 // Rows that a kernel for several tokens decodes at a time, at most.

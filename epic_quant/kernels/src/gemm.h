@@ -71,7 +71,7 @@ EPIC_QUANT_INLINE void decode_fp32(const Layout& layout, const Levels<B>& levels
                                    std::size_t unit, const float* scales, const float* minima,
                                    const std::int32_t* groups, float* to) {
   alignas(32) std::int8_t values[Kind::V * kVector];
-  decode_unit<Kind, B>(packed, values, [&](B codes) EPIC_QUANT_INLINE_LAMBDA {
+  decode_unit<Kind>(packed, levels, values, [&](B codes) EPIC_QUANT_INLINE_LAMBDA {
     return levels.template value<Kind>(codes);
   });
   if constexpr (Kind::has_scales) {
@@ -135,9 +135,9 @@ void gemm_fp32(const Product& product, std::size_t begin, std::size_t end, void*
           groups[at] = static_cast<std::int32_t>(group < last ? group : last);
         }
         for (std::size_t r = 0; r < kRows; ++r) {
-          const Row packed(matrix, rows[r], Kind::unit_nbytes);
+          const Row<Kind> packed(matrix, rows[r]);
           for (std::size_t u = 0; u < units; ++u) {
-            const std::uint8_t* own = packed.unit(unit + u, Kind::unit_nbytes);
+            const std::uint8_t* own = packed.unit(unit + u);
             // The next rows' bytes come from memory while these are multiplied.
             for (int line = 0; line < Kind::unit_nbytes && token == 0; line += 64)
               EPIC_QUANT_PREFETCH(own + kRows * matrix.row_nbytes + line);

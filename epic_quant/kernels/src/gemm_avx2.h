@@ -52,7 +52,7 @@ void gemv(const Product& product, std::size_t begin, std::size_t end, void* scra
   constexpr bool kBySign = Kind::has_levels && !kLevelsFrom128;
   const Levels<Bytes<32>, kLevelsFrom128> levels(matrix.format);
   const std::size_t blocks = layout.padded_blocks(), block_units = layout.block_units, num_units = layout.num_units;
-  const std::size_t whole_units = matrix.row_nbytes / kUnit / block_units * block_units;
+  const std::size_t whole_units = units_in_place<Kind>(matrix) / block_units * block_units;
   const float minus_zero = kBySign ? 0.0f : static_cast<float>(Kind::has_levels ? -128 : -matrix.format.zero);
   float* const combined = static_cast<float*>(scratch);
   float* const minima = combined + blocks;
@@ -98,7 +98,7 @@ void gemv(const Product& product, std::size_t begin, std::size_t end, void* scra
     const auto block = [&](const std::uint8_t* packed) EPIC_QUANT_INLINE_LAMBDA {
       Bytes<32> codes[V];
       if (Kind::has_scales) {
-        decode<Kind>(packed, 0, codes);
+        decode<Kind>(packed, 0, levels, codes);
         EPIC_QUANT_UNROLL for (int v = 0; v < V; ++v) {
           clear();
           multiply_vector(codes[v]);
@@ -107,7 +107,7 @@ void gemv(const Product& product, std::size_t begin, std::size_t end, void* scra
         return;
       }
       if (B == Blocks::segments) {
-        decode<Kind>(packed, 0, codes);
+        decode<Kind>(packed, 0, levels, codes);
         for (const std::size_t unit = segment.unit; segment.unit == unit && segment.group < matrix.num_scales;
              segment.next(matrix)) {
           clear();
@@ -118,7 +118,7 @@ void gemv(const Product& product, std::size_t begin, std::size_t end, void* scra
       }
       clear();
       for (std::size_t u = 0; u < block_units; ++u, packed += kUnit) {
-        decode<Kind>(packed, 0, codes);
+        decode<Kind>(packed, 0, levels, codes);
         multiply(codes);
       }
       scale(sum);
@@ -128,10 +128,11 @@ void gemv(const Product& product, std::size_t begin, std::size_t end, void* scra
     std::size_t unit = 0;
     for (; unit < whole_units; unit += block_units) block(packed + unit * kUnit);
     if (!Kind::has_scales && unit < num_units) {
-      // What is left of the row, with zeros after it: less than a block.
-      std::uint8_t tail[kTailNbytes] = {};
-      std::memcpy(tail, packed + unit * kUnit, matrix.row_nbytes - unit * kUnit);
+      // What is left of the row, with zeros after it: less than a block, but for a trellis.
+      std::uint8_t tail[kTailNbytes];
+      copy_tail<Kind>(matrix, packed, unit, tail);
       block(tail);
+      if (Kind::is_trellis && unit + 1 < num_units) block(tail + kUnit);
     }
     EPIC_QUANT_UNROLL for (int i = 1; i < kSums; ++i) sum = _mm256_add_ps(sum, sums[i]);
     product.out[row] = Eight{sum}.sum();
@@ -197,7 +198,7 @@ EPIC_QUANT_INLINE void multiply_int8(const Product& product, const std::uint8_t*
 
 template <class Kind, Blocks B>
 void gemm_int8(const Product& product, std::size_t begin, std::size_t end, void* scratch) {
-  constexpr int V = Kind::V, kUnit = Kind::unit_nbytes;
+  constexpr int V = Kind::V;
   constexpr bool Signed = Kind::has_levels;
   constexpr std::size_t kRows = 8;
   static_assert(kRows <= kMaxTileRows, "scratch is for no more");
@@ -213,13 +214,12 @@ void gemm_int8(const Product& product, std::size_t begin, std::size_t end, void*
     const Rows rows(first, end, kRows);
     for (std::size_t r = 0; r < kRows; ++r) {
       expand_scales<Kind>(matrix, rows[r], scales + r * blocks, minima + r * blocks);
-      const Row packed(matrix, rows[r], kUnit);
+      const Row<Kind> packed(matrix, rows[r]);
       std::uint8_t* to = codes + r * padded;
       for (std::size_t u = 0; u < num_units; ++u, to += V * kVector)
-        decode_unit<Kind, Bytes<32>>(packed.unit(u, kUnit), to,
-                                     [&](Bytes<32> c) EPIC_QUANT_INLINE_LAMBDA {
-                                       return Signed ? levels.template level<Kind>(c) : c;
-                                     });
+        decode_unit<Kind>(packed.unit(u), levels, to, [&](Bytes<32> c) EPIC_QUANT_INLINE_LAMBDA {
+          return Signed ? levels.template level<Kind>(c) : c;
+        });
     }
     // The next rows' bytes come from memory while these are multiplied.
     const char* next = reinterpret_cast<const char*>(matrix.packed + (first + rows.count) * matrix.row_nbytes);

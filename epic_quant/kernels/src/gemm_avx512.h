@@ -46,8 +46,18 @@ template <class Kind>
 EPIC_QUANT_INLINE void decode_lanes(const std::uint8_t* const (&rows)[kLanes], std::size_t at,
                                     const Levels<Bytes<64>, true>& levels, Bytes<64>* to) {
   constexpr int V = Kind::V, kInputs = Kind::inputs;
-  Bytes<64> words[kSteps][kInputs];
-  if constexpr (Kind::has_scales) {
+  Bytes<64> words[kSteps + Kind::is_trellis][kInputs];
+  if constexpr (Kind::is_trellis) {
+    Bytes<64> input[4];
+    for (std::size_t half = 0; half < 2; ++half) {
+      EPIC_QUANT_UNROLL for (int i = 0; i < kInputs; ++i) {
+        load_words(rows, at + (half * kInputs + i) * 16, input);
+        EPIC_QUANT_UNROLL for (std::size_t step = 0; step < 4; ++step) words[4 * half + step][i] = input[step];
+      }
+    }
+    load_words(rows, at + Kind::unit_nbytes, input);
+    words[kSteps][0] = input[0];
+  } else if constexpr (Kind::has_scales) {
     EPIC_QUANT_UNROLL for (int i = 0; i < kInputs; ++i) {
       Bytes<64> input[kSteps];
       load_words(rows, at + Codes<Kind::coding>::input_at[i], input);
@@ -60,7 +70,14 @@ EPIC_QUANT_INLINE void decode_lanes(const std::uint8_t* const (&rows)[kLanes], s
   }
   EPIC_QUANT_UNROLL for (std::size_t step = 0; step < kSteps; ++step) {
     Bytes<64> codes[V];
-    Codes<Kind::coding>::template decode<4>(words[step], codes);
+    if constexpr (Kind::is_trellis) {
+      Bytes<64> in[kInputs + 1];
+      EPIC_QUANT_UNROLL for (int i = 0; i < kInputs; ++i) in[i] = words[step][i];
+      in[kInputs] = words[step + 1][0];
+      Codes<Kind::coding>::template decode<4>(in, levels.states, codes);
+    } else {
+      Codes<Kind::coding>::template decode<4>(words[step], codes);
+    }
     EPIC_QUANT_UNROLL for (int v = 0; v < V; ++v)
       (Kind::has_levels ? levels.template level<Kind>(codes[v]) : codes[v])
           .store(to + (Kind::has_scales ? v * kSteps + step : step * V + v));
@@ -156,7 +173,7 @@ void gemm_int8(const Product& product, std::size_t begin, std::size_t end, void*
   constexpr int V = Kind::V, kUnit = Kind::unit_nbytes;
   const StoredMatrix& matrix = product.matrix;
   const Layout& layout = matrix.layout;
-  const std::size_t whole = matrix.row_nbytes / kUnit;
+  const std::size_t whole = units_in_place<Kind>(matrix);
   const Levels<Bytes<64>, true> levels(matrix.format);
   const float zero = static_cast<float>(Kind::has_levels ? 128 : matrix.format.zero);
   Bytes<64>* codes = static_cast<Bytes<64>*>(scratch);
@@ -179,8 +196,7 @@ void gemm_int8(const Product& product, std::size_t begin, std::size_t end, void*
       decode_lanes<Kind>(at, unit * kUnit, levels, codes + unit * kSteps * V);
     if (!Kind::has_scales && whole < layout.num_units) {
       for (std::size_t r = 0; r < kLanes; ++r) {
-        std::memset(tails[r], 0, kTailNbytes);
-        std::memcpy(tails[r], at[r] + whole * kUnit, matrix.row_nbytes - whole * kUnit);
+        copy_tail<Kind>(matrix, at[r], whole, tails[r]);
         at[r] = tails[r];
       }
       for (std::size_t unit = whole; unit < layout.num_units; ++unit)

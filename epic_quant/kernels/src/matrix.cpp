@@ -101,16 +101,35 @@ void by_rows(std::size_t rows, std::size_t cols, int num_threads, Work&& work) {
   });
 }
 
+// The format of a trellis with 16 levels for the upper and 16 for the lower half of an index; codes are values from -128.
+Format trellis_format(Format format, const std::vector<int>& levels, int state_bits, unsigned multiplier) {
+  if (levels.size() != 32 || state_bits < 8 || state_bits > 16 || multiplier % 2 == 0 || multiplier > 0xFFFF)
+    throw std::invalid_argument("a trellis of " + std::to_string(levels.size()) + " levels, " +
+                                std::to_string(state_bits) + " state bits and the multiplier " +
+                                std::to_string(multiplier) + ", expected 32, 8 to 16, and odd in 16 bits");
+  for (int i = 0; i < 32; ++i) {
+    if (levels[i] < -127 || levels[i] > 127) throw std::invalid_argument("a level of a trellis is beyond 127");
+    (i < 16 ? format.states.high[i] : format.states.low[i - 16]) = static_cast<std::int8_t>(levels[i]);
+  }
+  for (int i = 0; i < 256; ++i)
+    if (const int sum = format.states.high[i / 16] + format.states.low[i % 16]; sum < -127 || sum > 127)
+      throw std::invalid_argument("a value of a trellis is " + std::to_string(sum) + ", expected at most 127");
+  format.states.state_bits = state_bits, format.states.multiplier = multiplier;
+  format.zero = 128, format.low = -128;
+  return format;
+}
+
 }  // namespace
 
 Format make_format(const std::string& coding, const std::vector<int>& levels, Rounding rounding, float divisor,
-                   double gaussian_step, double peak_level, bool either_sign) {
+                   double gaussian_step, double peak_level, bool either_sign, int state_bits, unsigned multiplier) {
   Format format{};
   int index = 0;
   while (index < kNumCodings && coding != kCodings[index].name) ++index;
   if (index == kNumCodings) throw std::invalid_argument("no kernel knows the coding '" + coding + "'");
   format.coding = static_cast<Coding>(index);
   const CodingRow& row = kCodings[index];
+  if (row.is_trellis) return trellis_format(format, levels, state_bits, multiplier);
   const std::size_t most = row.num_bits ? std::size_t{1} << row.num_bits : 3;
   if (levels.empty() || levels.size() > most || levels.front() < -128 || levels.back() > 127 ||
       !std::is_sorted(levels.begin(), levels.end()))
@@ -203,6 +222,14 @@ std::size_t quantize(const StoredMatrix& matrix, Element element, const void* we
 void dequantize(const StoredMatrix& matrix, Element element, void* weight, bool rotated, int num_threads) {
   by_rows(matrix.rows, matrix.cols, num_threads, [&](std::size_t begin, std::size_t end, float* scratch) {
     matrix.kernels.dequantize(matrix, element, weight, rotated, begin, end, scratch);
+  });
+}
+
+void find_paths(const Isa& isa, const PathSearch& search, std::size_t rows, int num_threads) {
+  parallel_for(rows, std::max<std::size_t>(1, (1 << 13) / search.cols), num_threads,
+               [&](std::size_t begin, std::size_t end) {
+    static thread_local Scratch scratch;
+    isa.find_paths(search, begin, end, reinterpret_cast<std::uint16_t*>(scratch.get(search.scratch_nbytes())));
   });
 }
 

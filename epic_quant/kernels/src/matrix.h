@@ -8,10 +8,11 @@
 
 namespace epic_quant {
 
-// A format of codes from 0 on that stand for `levels`, ascending whole numbers. Throws std::invalid_argument for an
-// unknown coding, and for levels that no kernel has.
+// A format of codes from 0 on that stand for `levels`, ascending whole numbers; a trellis has instead 16 for the upper
+// half of an index and 16 for the lower, state bits and a multiplier. Throws std::invalid_argument for an unknown coding,
+// and for what no kernel has.
 Format make_format(const std::string& coding, const std::vector<int>& levels, Rounding rounding, float divisor,
-                   double gaussian_step, double peak_level, bool either_sign);
+                   double gaussian_step, double peak_level, bool either_sign, int state_bits, unsigned multiplier);
 
 // A matrix in memory that somebody else keeps, with all that kernels need to know of it.
 StoredMatrix make_matrix(const Isa& isa, const Format& format, Rotation rotation, std::size_t rows, std::size_t cols,
@@ -30,6 +31,9 @@ std::size_t quantize(const StoredMatrix& matrix, Element element, const void* we
 
 // The inverse; `rotated` leaves the rows as they are stored.
 void dequantize(const StoredMatrix& matrix, Element element, void* weight, bool rotated, int num_threads);
+
+// A search in that many rows.
+void find_paths(const Isa& isa, const PathSearch& search, std::size_t rows, int num_threads);
 
 // Rows of [rows, cols] rotated, or rotated back.
 void rotate(const Isa& isa, const Rotation& rotation, bool inverse, std::size_t rows, std::size_t cols,

@@ -41,8 +41,9 @@ T* at(std::uintptr_t address) {
 }
 
 Format format_of(const std::string& coding, const std::vector<int>& levels, int rounding, float divisor,
-                 double gaussian_step, double peak_level, bool either_sign) {
-  return make_format(coding, levels, static_cast<Rounding>(rounding), divisor, gaussian_step, peak_level, either_sign);
+                 double gaussian_step, double peak_level, bool either_sign, int state_bits, unsigned multiplier) {
+  return make_format(coding, levels, static_cast<Rounding>(rounding), divisor, gaussian_step, peak_level, either_sign,
+                     state_bits, multiplier);
 }
 
 StoredMatrix matrix_of(const std::string& isa, const Format& format, std::size_t block, std::uintptr_t signs,
@@ -64,7 +65,8 @@ NB_MODULE(_native, module) {
   }, Unlocked());
 
   nb::class_<Format>(module, "Format")
-      .def(nb::new_(&format_of))
+      .def(nb::new_(&format_of), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+           nb::arg("state_bits") = 0, nb::arg("multiplier") = 0)
       .def_prop_ro("block_cols", [](const Format& format) {
         return row_of(format.coding).group_codes ? row_of(format.coding).unit_codes() : 0;
       })
@@ -86,6 +88,13 @@ NB_MODULE(_native, module) {
                             int num_threads) {
         dequantize(matrix, static_cast<Element>(element), at<void>(weight), rotated, num_threads);
       }, Unlocked());
+
+  module.def("find_paths", [](const std::string& isa, int bits, int state_bits, std::uintptr_t values, std::uintptr_t x,
+                              std::size_t rows, std::size_t cols, std::uintptr_t before, bool ends, std::size_t keep,
+                              std::uintptr_t states, int num_threads) {
+    find_paths(isa_of(isa), {at<std::int16_t>(x), cols, at<std::int16_t>(values), bits, state_bits,
+                             at<std::int32_t>(before), ends, keep, at<std::uint16_t>(states)}, rows, num_threads);
+  }, Unlocked());
 
   module.def("rotate", [](const std::string& isa, std::size_t block, std::uintptr_t signs, bool inverse,
                           std::size_t rows, std::size_t cols, std::uintptr_t from, std::uintptr_t to,

@@ -1,6 +1,7 @@
 // Plain C++17, which the compiler may vectorize for the CPU that it builds for.
 #include "gemm.h"
 #include "quantize.h"
+#include "viterbi.h"
 
 namespace epic_quant {
 namespace {
@@ -63,10 +64,10 @@ void gemm_limbs(const Product& product, std::size_t begin, std::size_t end, void
   auto* values = reinterpret_cast<std::int8_t*>(Kind::has_minima ? minima + layout.padded_blocks() : minima);
   for (std::size_t row = begin; row < end; ++row) {
     expand_scales<Kind>(matrix, row, scales, minima);
-    const Row packed(matrix, row, Kind::unit_nbytes);
+    const Row<Kind> packed(matrix, row);
     for (std::size_t unit = 0; unit < layout.num_units; ++unit)
-      decode_unit<Kind, Bytes<16>>(packed.unit(unit, Kind::unit_nbytes), values + unit * layout.unit_codes,
-                                   [&](Bytes<16> codes) { return levels.template value<Kind>(codes); });
+      decode_unit<Kind>(packed.unit(unit), levels, values + unit * layout.unit_codes,
+                        [&](Bytes<16> codes) { return levels.template value<Kind>(codes); });
     multiply_limbs<Limbs, Kind::has_minima>(product, values, scales, minima, row);
   }
 }
@@ -102,6 +103,6 @@ Kernels kernels(const Format& format, const Layout&) {
 
 }  // namespace
 
-const Isa portable_isa = {"portable", [] { return true; }, kernels, rotate_rows};
+const Isa portable_isa = {"portable", [] { return true; }, kernels, rotate_rows, find_paths};
 
 }  // namespace epic_quant

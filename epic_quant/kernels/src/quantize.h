@@ -222,7 +222,7 @@ std::size_t quantize_rows(const StoredMatrix& matrix, Element element, const voi
   const std::size_t cols = matrix.cols, group_size = matrix.group_size;
   void (*pack)(const std::uint8_t*, std::size_t, std::uint8_t*) = nullptr;
   by_coding(format.coding, [&](auto kind) {
-    if constexpr (!kind.has_scales) pack = Codes<kind.coding>::pack;
+    if constexpr (!kind.has_scales && !kind.is_trellis) pack = Codes<kind.coding>::pack;
   });
   float* const row = scratch;
   float* const whole = scratch + cols + 16;
@@ -252,20 +252,49 @@ std::size_t quantize_rows(const StoredMatrix& matrix, Element element, const voi
   return kAllFinite;
 }
 
+template <class Kind>
+void unpack_codes(const StoredMatrix& matrix, std::size_t row, std::uint8_t* codes) {
+  Codes<Kind::coding>::unpack(matrix.packed + row * matrix.row_nbytes, matrix.cols, codes);
+}
+
+// The values of a trellis and 128 more, as codes whose zero is 128.
+template <class Kind>
+void unpack_path(const StoredMatrix& matrix, std::size_t row, std::uint8_t* codes) {
+  constexpr std::size_t kUnitCodes = Kind::V * kVector;
+  const Levels<Vector, true> levels(matrix.format);
+  const Row<Kind> packed(matrix, row);
+  for (std::size_t at = 0, unit = 0; at < matrix.cols; at += kUnitCodes, ++unit) {
+    std::uint8_t in_order[kUnitCodes];
+    for (int half = 0; half < 32; half += Vector::size) {
+      Vector v[8], w[8];
+      decode<Kind>(packed.unit(unit), half, levels, v);
+      // Byte j of vector i goes to byte 8 j + i.
+      EPIC_QUANT_UNROLL for (int i = 0; i < 4; ++i) w[2 * i] = v[i].zip_low(v[i + 4]), w[2 * i + 1] = v[i].zip_high(v[i + 4]);
+      EPIC_QUANT_UNROLL for (int i = 0; i < 4; ++i) v[2 * i] = w[i].zip_low(w[i + 4]), v[2 * i + 1] = w[i].zip_high(w[i + 4]);
+      EPIC_QUANT_UNROLL for (int i = 0; i < 4; ++i) w[2 * i] = v[i].zip_low(v[i + 4]), w[2 * i + 1] = v[i].zip_high(v[i + 4]);
+      EPIC_QUANT_UNROLL for (int i = 0; i < 8; ++i) w[i].store_lanes(in_order + 8 * half + 16 * i, 128);
+    }
+    std::memcpy(codes + at, in_order, matrix.cols - at < kUnitCodes ? matrix.cols - at : kUnitCodes);
+  }
+}
+
 inline void dequantize_rows(const StoredMatrix& matrix, Element element, void* weight, bool rotated, std::size_t begin,
                             std::size_t end, float* scratch) {
   const Format& format = matrix.format;
   const std::size_t cols = matrix.cols, num_scales = matrix.num_scales, group_size = matrix.group_size;
   const float low = format.low;
-  void (*unpack)(const std::uint8_t*, std::size_t, std::uint8_t*) = nullptr;
+  void (*unpack)(const StoredMatrix&, std::size_t, std::uint8_t*) = nullptr;
   by_coding(format.coding, [&](auto kind) {
-    if constexpr (!kind.has_scales) unpack = Codes<kind.coding>::unpack;
+    if constexpr (kind.is_trellis)
+      unpack = unpack_path<decltype(kind)>;
+    else if constexpr (!kind.has_scales)
+      unpack = unpack_codes<decltype(kind)>;
   });
   float* const row = scratch;
   std::uint8_t* const codes = reinterpret_cast<std::uint8_t*>(scratch + cols + 16);
   std::memset(row, 0, (cols + 16) * sizeof(float));
   for (std::size_t at = begin; at < end; ++at) {
-    unpack(matrix.packed + at * matrix.row_nbytes, cols, codes);
+    unpack(matrix, at, codes);
     for (std::size_t group = 0; group < num_scales; ++group) {
       const float scale = from_fp16(matrix.scale[at * num_scales + group]);
       const std::size_t start = group * group_size, stop = start + group_size;
@@ -304,6 +333,7 @@ inline Kernels row_kernels(const Format& format) {
   });
   if (kernels.dequantize) return kernels;
   kernels.dequantize = dequantize_rows;
+  if (row_of(format.coding).is_trellis) return kernels;  // paths are searched for in viterbi.h
   kernels.quantize = format.rounding == Rounding::nearest ? quantize_rows<Nearest>
                      : format.rounding == Rounding::sign  ? quantize_rows<Sign>
                      : format.table_bits == 2             ? quantize_rows<Table<2>>

@@ -1,0 +1,294 @@
+"""trellis1 to trellis4: codes that overlap, so that few bits a weight choose among hundreds of values.
+
+A bit-shift trellis, as Mao and Gray (2010) and Tseng et al., "QTIP" (2024): the bits of a row are a stream, and weight
+i is the value of the state that the `state_bits` bits from bit i · num_bits of it on are, the lowest first. Neighbours
+share all but num_bits of them, and a row is encoded by the search for the best path, Viterbi's (1967). Behind the row
+the stream has zeros, so no bit is spent on where a path begins or ends.
+
+A state's value is looked up in two tables of 16 entries by the two halves of a byte, the upper one of the lower 16 bits
+of state · multiplier: sums of two entries are as good as 256 of any kind, and a byte shuffle decodes them.
+
+Whole pieces of 128 weights lie as eight streams of 16 weights side by side, [num_bits, 8] words of 16 bits, so that
+what decodes a vector shifts all of it alike. The rest of a row are words in order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from epic_quant.quant import backends, gptq
+from epic_quant.quant.backends import Rule
+from epic_quant.quant.bitpack import BitPacking
+from epic_quant.quant.formats import format_named
+from epic_quant.quant.grouped import GroupedFormat, ScaledFormat
+from epic_quant.quant.scales import over_scale, stored_scale
+from epic_quant.spec import FORMATS as SPEC_FORMATS
+from epic_quant.spec import WeightSpec
+
+_WORD = 16
+_STREAMS = 8
+_PIECE = _STREAMS * _WORD  # weights
+
+# Columns whose path is decided together, and how many times the columns of a state are looked at beyond them, where the
+# best paths to all states have long become one.
+_TOGETHER = 1024
+_AHEAD = 10
+# The same where errors are compensated between blocks of columns.
+_COMPENSATED_TOGETHER = 16
+_COMPENSATED_AHEAD = 3
+
+# Weights and values are words of 16 bits, 8 of them for fractions of an entry, and so are costs: the upper halves of
+# squared distances; with 3 bits or more, whose distances are smaller, of twice the distances.
+_FRACTION_BITS = 8
+_NO_PATH = 2**16 - 1
+_MOST_COST = _NO_PATH - 1 - 2**14
+
+
+@dataclass(frozen=True)
+class Table:
+    """The values of states: entries for the upper and the lower half of a byte, and how many make a deviation of 1.
+
+    Found for Gaussian weights by Lloyd's (1957) iteration: the best path, and then the entries of least squared error.
+    """
+
+    multiplier: int
+    upper: tuple[int, ...]
+    lower: tuple[int, ...]
+    deviation: float
+
+
+@dataclass(frozen=True)
+class Trellis(ScaledFormat):
+    """value = s * (upper[byte >> 4] + lower[byte & 15]), the byte a hash of the state."""
+
+    num_bits: int
+    state_bits: int
+
+    def with_options(self, spec: WeightSpec) -> Trellis:
+        return replace(self, state_bits=spec.state_bits or self.state_bits)
+
+    @cached_property
+    def rule(self) -> Rule:
+        table = self.table
+        levels = table.upper + table.lower
+        return Rule(self.name, levels, state_bits=self.state_bits, multiplier=table.multiplier)
+
+    @property
+    def table(self) -> Table:
+        """The table of this many bits and state bits."""
+        return _TABLES[self.num_bits, self.state_bits]
+
+    def encode_rows(
+        self, values: Tensor, group_size: int, factor: Tensor | None, backend: str | None
+    ) -> tuple[Tensor, Tensor]:
+        rows, cols = values.shape
+        groups = values.reshape(-1, group_size)
+        # The deviation that is best for a Gaussian in scalar codes is also that which the table is for.
+        scale = self._scalar.stored_fit(groups, backend).float() * (self._scalar_deviation / self.table.deviation)
+        states = torch.empty(rows, cols, dtype=torch.int32, device=values.device)
+        by_column = stored_scale(scale).float().view(rows, -1).repeat_interleave(group_size, 1)
+        state_values = self.values.to(values.device)
+        words = self._words(state_values)
+        before = torch.full((rows,), -1, dtype=torch.int32, device=values.device)
+
+        def encode_block(start: int, rest: Tensor, together: int, ahead: int) -> Tensor:
+            nonlocal before
+            keep = min(together, rest.shape[1])
+            seen = min(keep + ahead * -(-self.state_bits // self.num_bits), rest.shape[1])
+            scales = by_column[:, start : start + seen]
+            ratio = self._words(over_scale(rest[:, :seen], scales))
+            ends = seen == rest.shape[1]
+            found = find_paths(ratio, words, self.num_bits, before, keep, ends=ends, backend=backend)
+            states[:, start : start + keep] = found
+            before = found[:, -1]
+            return state_values[found] * scales[:, :keep]
+
+        if factor is None:
+            for start in range(0, cols, _TOGETHER):
+                encode_block(start, values[:, start:], _TOGETHER, _AHEAD)
+            scale = _least_squares(groups, state_values[states].view(groups.shape))
+        else:
+            gptq.encode_blocks(
+                values,
+                factor,
+                _COMPENSATED_TOGETHER,
+                lambda start, rest: encode_block(start, rest, _COMPENSATED_TOGETHER, _COMPENSATED_AHEAD),
+            )
+        return self._pack(states), stored_scale(scale).view(rows, -1)
+
+    def unpack(self, packed: Tensor, cols: int) -> Tensor:
+        """The codes [rows, cols] uint8: values in units of the scale, from -128 on."""
+        words = self._in_order(packed, cols).view(torch.int16).long() & 0xFFFF
+        words = torch.nn.functional.pad(words, (0, 2))
+        first = torch.arange(cols, device=packed.device) * self.num_bits
+        both = words[:, first // _WORD] | words[:, first // _WORD + 1] << _WORD
+        states = both >> first % _WORD & (1 << self.state_bits) - 1
+        return self._codes.to(packed.device).index_select(0, states.flatten()).view(states.shape)
+
+    def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
+        return (codes.float() - 128) * scale
+
+    def row_nbytes(self, cols: int) -> int:
+        return -(-cols * self.num_bits // _WORD) * 2
+
+    def _words(self, ratio: Tensor) -> Tensor:
+        """Weights or values in units of an entry, in fp32, as int16 words with a fraction."""
+        return (ratio * 2**_FRACTION_BITS).round_().clamp_(-(2**15), 2**15 - 1).short()
+
+    @cached_property
+    def values(self) -> Tensor:
+        """The value of every state of a path, [2^state_bits] fp32: a state whose first symbol is the highest."""
+        return self._codes[_reversed(torch.arange(1 << self.state_bits), self.state_bits)].float() - 128
+
+    @cached_property
+    def _codes(self) -> Tensor:
+        """The code of every state as it is stored, [2^state_bits] uint8."""
+        byte = (torch.arange(1 << self.state_bits) * self.table.multiplier & 0xFFFF) >> 8
+        upper, lower = torch.tensor(self.table.upper), torch.tensor(self.table.lower)
+        return (upper[byte >> 4] + lower[byte & 15] + 128).to(torch.uint8)
+
+    @property
+    def _scalar(self) -> GroupedFormat:
+        found = format_named(f"codebook{max(2, self.num_bits)}")
+        assert isinstance(found, GroupedFormat)
+        return found
+
+    @property
+    def _scalar_deviation(self) -> float:
+        """What a scale of the scalar format is multiplied by to be the deviation of a Gaussian."""
+        rule = self._scalar.rule
+        assert rule is not None
+        return 1 / rule.gaussian_step
+
+    def _pack(self, states: Tensor) -> Tensor:
+        """States of paths [rows, cols] as they are stored, [rows, row bytes] uint8."""
+        cols = states.shape[1]
+        symbols = _reversed(states >> (self.state_bits - self.num_bits), self.num_bits).to(torch.uint8)
+        in_order = BitPacking(self.num_bits).pack(symbols)
+        in_order = torch.nn.functional.pad(in_order, (0, self.row_nbytes(cols) - in_order.shape[1]))
+        return self._side_by_side(in_order, cols, (_STREAMS, self.num_bits))
+
+    def _in_order(self, packed: Tensor, cols: int) -> Tensor:
+        return self._side_by_side(packed, cols, (self.num_bits, _STREAMS))
+
+    def _side_by_side(self, packed: Tensor, cols: int, words: tuple[int, int]) -> Tensor:
+        """Whole pieces, which are so many words, transposed; [rows, row bytes] uint8 to the same."""
+        rows, pieces = len(packed), cols // _PIECE
+        split = pieces * _STREAMS * self.num_bits * 2
+        whole = packed[:, :split].reshape(rows, pieces, *words, 2).transpose(2, 3).reshape(rows, split)
+        return torch.cat([whole, packed[:, split:]], dim=1)
+
+
+def find_paths(
+    x: Tensor, values: Tensor, bits: int, before: Tensor, keep: int, *, ends: bool, backend: str | None = None
+) -> Tensor:
+    """The states [rows, keep] int32 that the path nearest to each row x [rows, cols] int16 begins with.
+
+    `values` [2^state_bits] int16, in the unit of x, are those of states whose first symbol, of `bits` bits, is the
+    highest. The path goes on from the state `before` [rows], or from any where that is negative. With `ends`, only
+    zeros follow the symbols of x, which is to be possible after `before`. `backend` as in `backends`.
+    """
+    found = backends.find_paths(x, values, bits, before, keep, backend, ends=ends)
+    if found is not None:
+        return found
+    columns, values = x.T.int().unsqueeze(2), values.int()
+    num_states, num_ends = len(values), len(values) >> bits
+    follows = torch.arange(num_states, device=x.device) >> bits == (before % num_ends).unsqueeze(1)
+    times = 2 if bits > 2 else 1
+    costs = _error(columns[0], values, times).masked_fill(~(follows | (before < 0).unsqueeze(1)), _NO_PATH)
+    best, base = [], torch.zeros(len(x), 1, dtype=torch.int32, device=x.device)
+    for column in columns[1:]:
+        least, which = costs.view(len(x), -1, num_ends).min(dim=1)
+        best.append(which)
+        counted = (least - base).clamp(max=_MOST_COST).masked_fill(least == _NO_PATH, _NO_PATH)
+        costs = (counted.repeat_interleave(1 << bits, 1) + _error(column, values, times)).clamp_(max=_NO_PATH)
+        base = least.amin(dim=1, keepdim=True) - base
+    step = num_ends if ends else 1
+    state = costs[:, ::step].argmin(dim=1) * step
+    states = [state]
+    for which in reversed(best):
+        end = state >> bits
+        state = which.gather(1, end.unsqueeze(1)).squeeze(1) * num_ends + end
+        states.append(state)
+    return torch.stack(states[::-1], dim=1)[:, :keep].int()
+
+
+def _error(column: Tensor, values: Tensor, times: int) -> Tensor:
+    """The cost [rows, states] int32 of each value [states] for each weight [rows, 1], by so many times the distance."""
+    return (column - values).clamp_(-(2**15), 2**15 - 1).mul_(times).clamp_(-(2**15), 2**15 - 1).square_() >> 16
+
+
+def _least_squares(groups: Tensor, values: Tensor) -> Tensor:
+    """The scale of each group [n, size] of least squared error with these values, [n, 1] fp32; 0 for zeros."""
+    groups, values = groups.double(), values.double()
+    norm = values.square().sum(1, keepdim=True)
+    return ((groups * values).sum(1, keepdim=True) / norm.masked_fill(norm == 0, torch.inf)).float()
+
+
+def _reversed(numbers: Tensor, num_bits: int) -> Tensor:
+    """Whole numbers with their lowest `num_bits` bits in the opposite order."""
+    flipped = torch.zeros_like(numbers)
+    for bit in range(num_bits):
+        flipped |= (numbers >> bit & 1) << (num_bits - 1 - bit)
+    return flipped
+
+
+# By bits and state bits.
+_TABLES = {
+    (1, 12): Table(
+        39573,
+        (-78, -59, -43, -27, -29, -18, -7, -9, 2, 3, 18, 35, 36, 43, 61, 76),
+        (-49, -35, -32, -26, -19, -8, -13, -5, 7, 6, 15, 19, 26, 33, 37, 43),
+        56.236,
+    ),
+    (2, 12): Table(
+        16801,
+        (-73, -49, -37, -31, -22, -16, -10, -3, 3, 9, 16, 23, 30, 39, 48, 73),
+        (-53, -39, -30, -23, -17, -12, -7, -2, 2, 7, 12, 17, 23, 30, 38, 54),
+        45.074,
+    ),
+    (3, 12): Table(
+        26513,
+        (-73, -48, -36, -29, -23, -16, -9, -3, 3, 9, 16, 23, 30, 38, 48, 73),
+        (-54, -38, -30, -23, -17, -12, -7, -2, 2, 7, 12, 17, 23, 29, 39, 54),
+        42.017,
+    ),
+    (4, 12): Table(
+        48049,
+        (-73, -47, -37, -30, -23, -16, -9, -3, 3, 9, 16, 23, 30, 38, 48, 73),
+        (-54, -38, -29, -23, -17, -12, -7, -2, 2, 7, 12, 17, 23, 30, 38, 54),
+        40.768,
+    ),
+    (1, 16): Table(
+        30943,
+        (-76, -62, -43, -55, -27, -24, -12, -13, 17, 14, 25, 23, 45, 39, 68, 78),
+        (-49, -35, -23, -12, -11, -8, -7, -14, 9, 10, 10, 10, 22, 23, 32, 42),
+        55.799,
+    ),
+    (2, 16): Table(
+        37849,
+        (-58, -44, -37, -29, -15, -13, -9, -2, 1, 9, 15, 20, 26, 32, 43, 63),
+        (-64, -42, -30, -26, -18, -10, -8, -3, 4, 7, 15, 18, 23, 32, 43, 59),
+        44.13,
+    ),
+    (3, 16): Table(
+        9983,
+        (-63, -44, -34, -26, -19, -14, -8, -3, 3, 7, 14, 20, 26, 32, 43, 63),
+        (-63, -43, -32, -25, -20, -14, -7, -3, 3, 8, 14, 19, 26, 31, 42, 64),
+        43.941,
+    ),
+    (4, 16): Table(
+        30289,
+        (-73, -48, -38, -30, -23, -16, -9, -3, 3, 9, 16, 22, 29, 37, 48, 73),
+        (-54, -39, -28, -23, -17, -12, -7, -2, 2, 7, 12, 17, 23, 29, 38, 54),
+        42.792,
+    ),
+}
+
+FORMATS = tuple(
+    Trellis(info.name, int(info.name[-1]), info.state_bits[0]) for info in SPEC_FORMATS.values() if info.state_bits
+)
