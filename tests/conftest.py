@@ -10,9 +10,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from functools import cache
+from contextlib import ExitStack
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -24,16 +25,20 @@ import torch
 from hypothesis import settings
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.gemma4.config import TextConfig
 from epic_quant.gemma4.tensors import expected_tensors
 
+if TYPE_CHECKING:
+    from transformers import Gemma4ForCausalLM
+
 # Times are never asserted: machines are shared.
 settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
 
+# Importing hypothesis takes a second, and the benchmarks need none.
+_PYTEST = ["-m", "pytest", "-pno:cacheprovider", "-pno:hypothesispytest", "-pno:anyio"]
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _FACTS = _REPOSITORY / "benchmarks" / "facts"
 
@@ -94,6 +99,8 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a toy model by its name: bf16 weights, random in every tensor, norms and scalars included."""
+    # Here, since importing it takes seconds, which most runs of tests that a test starts need not wait for.
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
     @cache
     def save(name: str) -> Path:
@@ -120,6 +127,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def reference(toy: Callable[[str], Path]) -> Callable[[str, torch.dtype], Gemma4ForCausalLM]:
     """`transformers`' model of a toy, in a dtype, with eager attention."""
+    from transformers import Gemma4ForCausalLM
 
     @cache
     def load(name: str, dtype: torch.dtype) -> Gemma4ForCausalLM:
@@ -131,29 +139,43 @@ def reference(toy: Callable[[str], Path]) -> Callable[[str, torch.dtype], Gemma4
 
 @pytest.fixture(scope="session")
 def process_of() -> Callable[..., dict[str, Any]]:
-    """The command and where and how to run it."""
+    """The command `pytest` with what follows it, and where and how to run it."""
 
     def of(*arguments: object, cwd: Path = _REPOSITORY) -> dict[str, Any]:
-        environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "NO_COLOR"))
-        }
-        # Importing hypothesis takes a second, and the benchmarks need none.
-        command = [sys.executable, "-m", "pytest", "-pno:cacheprovider", "-pno:hypothesispytest", *map(str, arguments)]
-        return {"args": command, "cwd": cwd, "env": environment}
+        return {"args": [sys.executable, *_PYTEST, *map(str, arguments)], "cwd": cwd, "env": _environment()}
 
     return of
 
 
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "NO_COLOR"))}
+
+
 @pytest.fixture(scope="session")
-def run_pytest(process_of: Callable[..., dict[str, Any]]) -> Callable[..., tuple[int, str]]:
+def run_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., tuple[int, str]]]:
+    """`run_python("-m" or "-c", …)`: the exit status and what was printed, of a process with torch imported."""
+    folder = tmp_path_factory.mktemp("runs")
+    command = [sys.executable, str(Path(__file__).with_name("forking.py")), str(folder / "compiled")]
+
+    def run(*arguments: object, cwd: Path = _REPOSITORY) -> tuple[int, str]:
+        order = {"args": [*map(str, arguments)], "cwd": str(cwd), "env": _environment()}
+        if server is None:
+            order |= {"args": [sys.executable, *order["args"]], "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+            done = subprocess.run(**order, encoding="utf-8", check=False)
+            return done.returncode, done.stdout
+        print(json.dumps(order | {"printed": str(folder / "printed")}), file=server.stdin, flush=True)
+        return int(server.stdout.readline()), (folder / "printed").read_text(encoding="utf-8")
+
+    with ExitStack() as stack:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8"}
+        server = stack.enter_context(subprocess.Popen(command, **pipes)) if hasattr(os, "fork") else None
+        yield run
+
+
+@pytest.fixture(scope="session")
+def run_pytest(run_python: Callable[..., tuple[int, str]]) -> Callable[..., tuple[int, str]]:
     """`run_pytest(*arguments)`: the exit status and what was printed, of `pytest` in the repository."""
-
-    def run(*arguments: object, **options: Path) -> tuple[int, str]:
-        process = process_of(*arguments, **options)
-        done = subprocess.run(**process, capture_output=True, encoding="utf-8", check=False)
-        return done.returncode, done.stdout + done.stderr
-
-    return run
+    return partial(run_python, *_PYTEST)
 
 
 @pytest.fixture(scope="session")

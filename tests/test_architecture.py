@@ -1,6 +1,7 @@
 """The package's layers: a module imports only from lower ones."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -48,16 +49,21 @@ def dotted(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+KNOWN = {dotted(module) for module in MODULES}
+
+
+@cache
 def imported(path):
     """Every module that a file imports, wherever in it the import stands."""
+    names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             submodules = [f"{node.module}.{alias.name}" for alias in node.names]
-            known = {dotted(module) for module in MODULES}
-            yield from (name if name in known else node.module for name in submodules)
+            names.update(name if name in KNOWN else node.module for name in submodules)
+    return names
 
 
 def package_of(name):

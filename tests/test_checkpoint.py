@@ -488,17 +488,21 @@ HUB_VARIABLES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_
     ],
     ids=lambda values: "+".join(values) or "none",
 )
-def test_the_cache_is_where_huggingface_hub_has_it(values: dict[str, str]) -> None:
+def test_the_cache_is_where_huggingface_hub_has_it(
+    values: dict[str, str], run_python: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In another process, since it reads the variables when it is imported."""
     code = (
         "from huggingface_hub.constants import HF_HUB_CACHE; from epic_quant import checkpoint; "
         "print(HF_HUB_CACHE, checkpoint._hub_cache(), sep='\\n')"
     )
-    kept = {name: value for name, value in os.environ.items() if name not in HUB_VARIABLES}
-    said = subprocess.run(
-        [sys.executable, "-c", code], env=kept | {"USER": "me"} | values, capture_output=True, text=True, check=True
-    )
-    theirs, ours = said.stdout.split()
+    for name in HUB_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"USER": "me"} | values).items():
+        monkeypatch.setenv(name, value)
+    status, printed = run_python("-c", code)
+    assert status == 0, printed
+    theirs, ours = printed.split()
     assert Path(theirs) == Path(ours)
 
 

@@ -27,7 +27,8 @@ def test_torch_is_not_imported_before_it_is_needed(module):
 
 
 @pytest.mark.parametrize("module", ["calibration", "export", "inspection", "predict", "recipe", "report"])
-def test_command_lines_print_help_and_version(module):
+def test_command_lines_print_help_and_version(module, run_python):
     for option, expected in (("--help", "exit status: 0; "), ("--version", epic_quant.__version__)):
-        command = [sys.executable, "-m", f"epic_quant.{module}", option]
-        assert expected in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        status, printed = run_python("-m", f"epic_quant.{module}", option)
+        assert status == 0
+        assert expected in printed

@@ -7,7 +7,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epic_quant.errors import SpecError
@@ -67,6 +67,7 @@ VALUES = {
 
 
 @pytest.mark.parametrize("kind", SUBJECTS.values(), ids=SUBJECTS)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_a_subjects_record_survives_json(kind, data):
     types = get_type_hints(kind)

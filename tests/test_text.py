@@ -2,6 +2,7 @@
 
 import codecs
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,15 @@ WORDS = st.sampled_from(["return", "self", "naïve", "日本", "🙂", "<bos>", 
 SPACES = st.sampled_from([" ", "  ", "\n", "\n\n", "\n    ", "\t", "\u00a0", ""])
 
 
+@cache
+def own_tokenizer(prepends):
+    """The small model's, which may put a ▁ before what it encodes."""
+    tokenizer = Tokenizer.from_file(str(SMALL_MODEL / "tokenizer.json"))
+    if prepends:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return tokenizer
+
+
 @settings(max_examples=300)
 @given(
     parts=st.lists(st.tuples(WORDS | st.text(max_size=4), SPACES), max_size=40).map(
@@ -138,9 +148,7 @@ SPACES = st.sampled_from([" ", "  ", "\n", "\n\n", "\n    ", "\t", "\u00a0", ""]
 )
 def test_a_text_in_pieces_has_the_tokens_of_the_whole(parts, size, margin, most, prepends, tmp_path_factory):
     """However small the pieces, with nothing beside them; with that, also where a ▁ is put before what is encoded."""
-    tokenizer = Tokenizer.from_file(str(SMALL_MODEL / "tokenizer.json"))
-    if prepends:
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer = own_tokenizer(prepends)
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(parts, encoding="utf-8", newline="\n")
     whole = path.read_text(encoding="utf-8")
@@ -152,7 +160,7 @@ def test_a_text_in_pieces_has_the_tokens_of_the_whole(parts, size, margin, most,
 
 
 def test_no_more_of_a_text_is_encoded_than_is_needed(small_model, tmp_path, monkeypatch):
-    path = write(tmp_path, (SMALL_MODEL / "eval.txt").read_text(encoding="utf-8") * 10)
+    path = write(tmp_path, (SMALL_MODEL / "eval.txt").read_text(encoding="utf-8") * 3)
     encoded = []
 
     class Counting:
@@ -171,7 +179,7 @@ def test_no_more_of_a_text_is_encoded_than_is_needed(small_model, tmp_path, monk
     token_windows(small_model, path, 3, 512)
     assert sum(encoded) <= 2 * 65_536
     encoded.clear()
-    assert len(text_ids(small_model, path)) > 700_000
+    assert len(text_ids(small_model, path)) > 200_000
     assert sum(encoded) < 1.1 * path.stat().st_size
     assert max(encoded) < 100_000
 

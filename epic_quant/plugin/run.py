@@ -204,13 +204,13 @@ class Run:
         """
         if self.options.hessians:
             hessians = Hessians(self.options.hessians, self.checkpoint)
-        elif self.is_large:
+            self._check_apart(hessians.text_sha256)
+            return hessians
+        if self.is_large:
             return {}
-        else:
-            text = self.calibration_text
-            hessians = gather(self.checkpoint, text, self._hessian_windows(text), folder / "calibration.safetensors")
-        self._check_apart(hessians.text_sha256)
-        return hessians
+        text = self.calibration_text
+        self._check_apart(text_sha256(text))
+        return gather(self.checkpoint, text, self._hessian_windows(text), folder / "calibration.safetensors")
 
     def evaluation_hessians(self, folder: Path) -> Hessians | None:
         """The Hessians of the evaluation text, which give the output error on it; None on a large checkpoint."""

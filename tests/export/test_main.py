@@ -3,7 +3,6 @@
 import math
 import shutil
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -155,7 +154,7 @@ def test_a_published_file_as_policy_is_refused(file_format, tmp_path, capsys):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a program without its knowing")
 @pytest.mark.parametrize(("file_format", "name"), [("gguf", "SIGINT"), ("gguf", "SIGTERM"), ("gemma", "SIGHUP")])
-def test_a_signal_midway_leaves_nothing(file_format, name, tmp_path):
+def test_a_signal_midway_leaves_nothing(file_format, name, tmp_path, run_python):
     number = signal.Signals[name]
     program = f"""
 import os
@@ -170,6 +169,6 @@ folder.raw = gguf.raw = interrupted
 command_line.leave(__main__.main)
 """
     options = [MINI, "--policy", "mlp=int8" if file_format == "gemma" else "mlp=q8_0", "--format", file_format]
-    done = subprocess.run([sys.executable, "-c", program, *options, tmp_path / "out"], capture_output=True, check=False)
-    assert (done.returncode, b"Traceback" in done.stderr) == (128 + number, False)
+    status, printed = run_python("-c", program, *options, tmp_path / "out")
+    assert (status, "Traceback" in printed) == (128 + number, False)
     assert list(tmp_path.iterdir()) == []

@@ -51,7 +51,8 @@ def finished(model, tmp_path_factory, run_pytest):
     out = folder / "out.json"
     files = [f"benchmarks/test_{subject}.py" for subject in ("footprint", "weights", "block")]
     policies = ["--policy", "original-4", "--policy", "mlp=ternary,kv=fp32,ple=lru:7"]
-    options = ["--text", model / "text.txt", "-k", "not ladder and not synthetic", "--benchmark-quiet"]
+    few = "not ladder and not synthetic and not [16- and not [256-"
+    options = ["--text", model / "text.txt", "-k", few, "--benchmark-quiet"]
     limits = ["--benchmark-json", out, "--report", folder / "report", "--fail-if", "rel_l2[subject=weights]:1"]
     status, printed = run_pytest(*files, "--checkpoint", model, *policies, *options, *limits)
     assert status == 0, printed

@@ -24,6 +24,7 @@ def finished(mini, gguf_of, tmp_path_factory, run_pytest):
     file.tensors["norm.weight"] = norm * np.float32(1.1), kind
     other = file.write(folder / "other.gguf")
     tests = [f"benchmarks/test_{name}" for name in ("footprint.py::test_resident", "weights.py::test_weights")]
+    tests += ["-k", "resident or -mlp-dequantize"]
     policies = ["--policy", MIXED, "--policy", f"file:{same}", "--policy", f"qat=file:{other}"]
     out = folder / "out.json"
     status, printed = run_pytest(*tests, "--no-check", *policies, "--benchmark-json", out)

@@ -8,7 +8,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize as gguf_dequantize
 from gguf.quants import quantize as gguf_quantize
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -21,6 +21,8 @@ from .conftest import stored
 
 NAMES = sorted(name for name, info in FORMATS.items() if info.block_nbytes)
 every_type = pytest.mark.parametrize("name", NAMES)
+# Examples of each type: in all some hundreds of a property, which hold it as well as a hundred of each.
+few_of_each = settings(max_examples=30)
 
 # Random draws at unit scale, from Gaussian to heavy tails.
 DRAWS = {
@@ -51,6 +53,7 @@ def test_sizes_are_ggmls():
     }
 
 
+@few_of_each
 @given(st.data())
 @every_type
 def test_any_bytes_decode_as_in_gguf(name, data):
@@ -109,6 +112,7 @@ def test_bits_and_error_on_a_gaussian(name):
 ENCODED_THERE = ["q8_0", "q5_0", "q4_0", "tq1_0", "tq2_0"]
 
 
+@few_of_each
 @given(weight=arrays(np.float32, (2, 512), elements=st.floats(-1e4, 1e4, width=32)))
 @pytest.mark.parametrize("name", ENCODED_THERE)
 def test_what_gguf_encodes_decodes_as_there(name, weight):
@@ -174,6 +178,7 @@ def test_a_format_stores_as_many_levels_as_its_row_says(name):
     assert torch.equal(format_named(name).levels.encode(format_named(name).levels.decode(every)), every)
 
 
+@few_of_each
 @given(
     seed=st.integers(0, 2**32 - 1),
     exponent=st.floats(-12, 6),
@@ -206,6 +211,7 @@ def test_columns_of_more_importance_come_nearer(name):
         assert error.norm().item() == pytest.approx(plain.norm().item(), rel=1e-3)
 
 
+@few_of_each
 @given(seed=st.integers(0, 2**32 - 1), spread=st.floats(0, 3), zeros=st.floats(0, 1), df=st.floats(1, 30))
 @every_type
 def test_no_block_is_further_by_a_hessian_than_without(name, seed, spread, zeros, df):

@@ -47,11 +47,17 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def whole(run_json, tmp_path_factory):
-    """The page of a run of everything, as text."""
+def everything(run_json, tmp_path_factory):
+    """The blocks of a run of everything."""
     path = tmp_path_factory.mktemp("run") / "out.json"
     path.write_text(json.dumps(run_json()), encoding="utf-8")
-    return html.render(comparison(read_run(path)))
+    return comparison(read_run(path))
+
+
+@pytest.fixture(scope="module")
+def whole(everything):
+    """The page of them, as text."""
+    return html.render(everything)
 
 
 def test_it_names_nothing_outside_itself(whole):
@@ -147,9 +153,8 @@ def test_elsewhere_a_slider_is_a_few_of_its_rows_with_both_ends(count, most):
     assert (shown[0], shown[-1]) == (0, count - 1)
 
 
-def test_what_is_in_the_cells_is_in_the_page_in_order(whole, run_json, write_json):
-    blocks = comparison(read_run(write_json(run_json())))
-    tables = [block.few if isinstance(block, Slider) else block for block in blocks]
+def test_what_is_in_the_cells_is_in_the_page_in_order(whole, everything):
+    tables = [block.few if isinstance(block, Slider) else block for block in everything]
     expected = [
         cell.replace("`", "") for block in tables if isinstance(block, Table) for row in block.rows for cell in row
     ]
