@@ -11,9 +11,10 @@ K and V are kept in the dtype computed in unless a policy quantizes them: `bf16-
 import math
 import time
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
 from epic_quant import footprint, kv
@@ -23,6 +24,7 @@ from epic_quant.gemma4.tensors import expected_tensors
 from epic_quant.policy import tensor_nbytes
 from epic_quant.prices import price
 from epic_quant.quality import Variant, measure
+from epic_quant.quant import Hessian
 from epic_quant.recipe.assignment import BY, Problem
 from epic_quant.recipe.inputs import ple_of
 from epic_quant.records.subjects import CALIBRATION, EVALUATION, PricesRecord, QualityRecord, SensitivityRecord
@@ -39,13 +41,18 @@ FRONTIER = 40
 
 
 @pytest.fixture(scope="session")
-def evaluated(run, pytestconfig, hessians_for):
+def evaluated(run, pytestconfig, hessians_for, request):
     """`evaluated(name, variants, windows)`: the plan on the terminal, then all of them under a progress bar."""
     capture = pytestconfig.pluginmanager.getplugin("capturemanager")
 
     def evaluate(name, variants, windows):
         policies = [one.policy if isinstance(one, Variant) else one for one in variants.values()]
-        hessians = hessians_for(*{spec for policy in policies for spec in policy.weight_specs})
+        specs = {spec for policy in policies for spec in policy.weight_specs}
+        if run.prices_importance and any(spec.imatrix for spec in specs):
+            importance = request.getfixturevalue("prices")[0].importance
+            hessians = {name: Hessian(partial(torch.from_numpy, its)) for name, its in importance.items()}
+        else:
+            hessians = hessians_for(*specs)
         with capture.global_and_fixture_disabled():
             print("", *run.plan_of(name, variants, len(windows)), sep="\n", flush=True)
             return measure(
@@ -80,7 +87,7 @@ def prices(run, pytestconfig, hessians_for):
     if not run.wants_prices:
         pytest.skip("on a checkpoint over 1 GB only with --prices or --by-layer")
     specs = run.priced_specs
-    hessians = hessians_for(*specs)
+    hessians = {} if run.prices_importance else hessians_for(*specs)
     capture = pytestconfig.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled(), run.progress("prices", run.config.num_layers * 2 + 3) as step:
         start = time.perf_counter()
@@ -261,6 +268,7 @@ def test_prices(run, prices, problem, record, benchmark):
             tensors=tensors,
             frontier=tuple(frontier),
             by=tuple(compared),
+            parts=resident(run, run.policies[REFERENCE]),
         )
     )
     benchmark.pedantic(found.predict, (recipes[-1].policy,), rounds=3)

@@ -23,6 +23,8 @@ from epic_quant.kv.layer import LayerStore
 from epic_quant.metrics import squared_norm
 from epic_quant.policy import spec_of
 from epic_quant.prices import ROUNDED_ERROR, needed_nbytes
+from epic_quant.published import open_published
+from epic_quant.published.source import decoded
 from epic_quant.quality import Variant
 from epic_quant.quality.passes import Memory, layer_numel, passes, quantized_numel, work
 from epic_quant.quality.variants import with_reference
@@ -32,6 +34,9 @@ from epic_quant.values import read_values
 
 _PROBE_WEIGHTS = 2**20
 _PROBE_TOKENS = 256
+
+# Of a published file: a matrix is decoded once to be checked and once to be computed with.
+_DECODINGS = 2
 
 # What the passes and a spec's product take in reduced precision, in products of fp32: three in bf16 (0.45 each), and
 # one of 8 bits (0.26), with what is added up. Measured where AVX-512 multiplies both.
@@ -70,15 +75,15 @@ def plan_steps(config: TextConfig, tokens: int) -> float:
 
 
 def plan_quantizing(config: TextConfig, policies: Iterable[PolicySpec], layers: Collection[int | None]) -> float:
-    """Seconds of quantizing these layers' matrices (None: those of no layer) under each policy without a file."""
-    tensors = [tensor for tensor in expected_tensors(config) if tensor.layer in layers and not tensor.unused]
-    numel: Counter[WeightSpec] = Counter()
+    """Seconds of quantizing these layers' matrices (None: those of no layer), or decoding a file's, of each policy."""
+    matrices = [t for t in expected_tensors(config) if t.layer in layers and t.target is not None and not t.unused]
+    numel: Counter[tuple[WeightSpec, str | None]] = Counter()
     for policy in policies:
-        for tensor in tensors if policy.file is None else ():
-            if (spec := spec_of(policy, tensor)) not in (None, BF16):
+        for tensor in matrices:
+            if (spec := spec_of(policy, tensor)) not in (None, BF16) or policy.file is not None:
                 assert spec is not None
-                numel[spec] += math.prod(tensor.shape)
-    return sum(count * _seconds_a_weight(spec) for spec, count in numel.items())
+                numel[spec, policy.file] += math.prod(tensor.shape)
+    return sum(count * _seconds_a_weight(*stored) for stored, count in numel.items())
 
 
 def plan_kv(spec: KVSpec, layer: LayerSpec, tokens: int, step: int) -> tuple[float, float]:
@@ -99,16 +104,16 @@ def plan_kv(spec: KVSpec, layer: LayerSpec, tokens: int, step: int) -> tuple[flo
 def plan(config: TextConfig, policies: Iterable[PolicySpec], sampled_rows: int | None) -> list[str]:
     """Lines for people: the weights to quantize under each scheme, and the time, RAM and disk that this takes."""
     matrices = [tensor for tensor in expected_tensors(config) if tensor.tensor_class is not None and not tensor.unused]
-    own = [policy for policy in policies if policy.file is None]
-    stored = {(spec_of(policy, tensor), tensor) for policy in own for tensor in matrices}
-    quantized = {(spec, tensor) for spec, tensor in stored if spec is not None and spec != BF16}
-    pairs = {(spec, tensor.tensor_class) for spec, tensor in quantized}
+    stored = {(spec_of(policy, tensor), policy.file, tensor) for policy in policies for tensor in matrices}
+    quantized = {(spec, file, tensor) for spec, file, tensor in stored if spec is not None and (file or spec != BF16)}
+    pairs = {(spec, file, tensor.tensor_class) for spec, file, tensor in quantized}
     lines, total_s = [], 0.0
-    for spec in sorted({spec for spec, _ in pairs}, key=str):
-        sampled = [math.prod(sampled_shape(tensor, sampled_rows)) for other, tensor in quantized if other == spec]
-        seconds = sum(sampled) * _seconds_a_weight(spec)
+    for spec, file in sorted({(spec, file) for spec, file, _ in pairs}, key=str):
+        sampled = [math.prod(sampled_shape(one, sampled_rows)) for *other, one in quantized if other == [spec, file]]
+        seconds = sum(sampled) * _seconds_a_weight(spec, file)
         total_s += seconds
-        lines.append(f"  {spec}: {sum(sampled) / 1e6:,.1f} M weights, about {seconds:,.0f} s")
+        of_file = "" if file is None else f" in {file}"
+        lines.append(f"  {spec}{of_file}: {sum(sampled) / 1e6:,.1f} M weights, about {seconds:,.0f} s")
     # The largest tensor in fp32 with its decoded copy and their difference, in fp64, and a few of the search's own.
     ram = max(math.prod(sampled_shape(tensor, sampled_rows)) for tensor in matrices) * (4 + 4 + 8 + 8)
     available = machine.available_nbytes()
@@ -131,8 +136,8 @@ def plan_quality(
 ) -> list[str]:
     """Lines for people: the passes over the file that evaluating these policies takes, their time, RAM and disk.
 
-    The time is that of layers in fp32 and of quantizing weights, each from a short probe; what quantizing K and V takes
-    is left out. Raises as `quality.passes.passes`.
+    The time is that of layers in fp32, of quantizing weights and of decoding those of published files, each from a
+    short probe; what quantizing K and V takes is left out. Raises as `quality.passes.passes`.
     """
     variants = with_reference(policies, config)
     memory = Memory(config, num_windows, window_tokens)
@@ -141,20 +146,21 @@ def plan_quality(
     together = [[variants[name] for name in batch] for batch in batches]
     multiplications = sum(sum(work(batch, config, num_windows, window_tokens)) for batch in together)
     layers_s = multiplications * _seconds_a_multiplication(config, window_tokens)
-    quantized: dict[WeightSpec, int] = {}
+    weights = {"quantizing": [0, 0.0], "decoding published files": [0, 0.0]}
     for batch in together:
-        for spec, numel in quantized_numel(batch, config).items():
-            quantized[spec] = quantized.get(spec, 0) + numel
-    quantizing_s = sum(numel * _seconds_a_weight(spec) for spec, numel in quantized.items())
+        for (spec, file), numel in quantized_numel(batch, config).items():
+            of_kind = weights["quantizing" if file is None else "decoding published files"]
+            of_kind[0] += numel
+            of_kind[1] += numel * _seconds_a_weight(spec, file)
     ram = max(memory.nbytes(needs[name] for name in batch) for batch in batches)
     waiting = max(len({needs[name].state for name in batch}) for batch in batches) * memory.state_nbytes
     read = 2 * _multiplied_numel(config)
     return [
         f"{what}, {len(variants)} policies with the reference on {num_windows} windows of {window_tokens} tokens: "
         f"{len(batches)} {'pass' if len(batches) == 1 else 'passes'} over the file, {read / 1e9:,.2f} GB each, "
-        f"about {layers_s + quantizing_s:,.0f} s",
-        f"  layers: {multiplications:.3g} multiplications, about {layers_s:,.0f} s; quantizing: "
-        f"{sum(quantized.values()) / 1e6:,.1f} M weights, about {quantizing_s:,.0f} s",
+        f"about {layers_s + sum(seconds for _, seconds in weights.values()):,.0f} s",
+        f"  layers: {multiplications:.3g} multiplications, about {layers_s:,.0f} s",
+        *(f"  {what}: {n / 1e6:,.1f} M weights, about {seconds:,.0f} s" for what, (n, seconds) in weights.items() if n),
         f"  RAM beyond the mapped file: at most {ram / 1e9:,.2f} GB, {memory_nbytes / 1e9:,.2f} GB allowed (--memory)",
         f"  disk: {waiting / 1e9:,.2f} GB with --resume, else nothing",
     ]
@@ -231,8 +237,13 @@ def _seconds_a_multiplication_of(config: TextConfig, tokens: int) -> float:
 
 
 @cache
-def _seconds_a_weight(spec: WeightSpec) -> float:
-    """Quantizing and decoding, a weight, on Gaussian noise."""
+def _seconds_a_weight(spec: WeightSpec, file: str | None = None) -> float:
+    """Quantizing and decoding, a weight, on Gaussian noise; of a published file reading and decoding one of its own."""
+    if file is not None:
+        tensors = open_published(file).tensors.values()
+        found = next(tensor for tensor in tensors if tensor.spec == spec and len(tensor.shape) == 2)
+        stored, ids = found.read(), torch.arange(max(1, min(found.shape[0], _PROBE_WEIGHTS // found.shape[1])))
+        return _DECODINGS * _seconds(lambda: decoded(stored, ids).float()) / (len(ids) * found.shape[1])
     weight = torch.randn(_PROBE_WEIGHTS // 1024, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
     rounded, hessian = replace(spec, gptq=False), torch.eye(1024)
     return _seconds(lambda: quantize(weight, rounded, hessian).dequantize()) / _PROBE_WEIGHTS

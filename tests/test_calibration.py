@@ -10,12 +10,14 @@ from safetensors.torch import load_file, save_file
 
 from epic_quant.calibration import Hessians, gather, main
 from epic_quant.checkpoint import Checkpoint
-from epic_quant.errors import CheckpointError, TokenError
+from epic_quant.errors import CheckpointError, QuantizationError, SpecError, TokenError
 from epic_quant.gemma4.weights import CheckpointWeights
 from epic_quant.metrics import squared_output_norm
 from epic_quant.plugin.run import SMALL_MODEL, Run
+from epic_quant.prices import price
 from epic_quant.quant import quantize
-from epic_quant.spec import WeightSpec
+from epic_quant.results.prices import write_prices
+from epic_quant.spec import PolicySpec, WeightSpec
 from epic_quant.text import token_windows
 
 MINI = Path(__file__).resolve().parents[1] / SMALL_MODEL
@@ -47,13 +49,34 @@ def test_hessians_are_those_of_the_inputs_in_transformers(hessians, reference):
         for name, module in model.model.named_modules()
         if isinstance(module, torch.nn.Linear)
     ]
+    head = model.lm_head.register_forward_pre_hook(lambda _, args: seen.setdefault("embed_tokens", args[0]))
     model(input_ids=WINDOWS, use_cache=False)
-    for hook in hooks:
+    for hook in (*hooks, head):
         hook.remove()
     assert len(seen) > 60
     for name, x in seen.items():
         x = x.flatten(0, -2).double()
-        torch.testing.assert_close(hessians[f"{name}.weight"].read().double(), x.T @ x / len(x), rtol=1e-3, atol=1e-5)
+        expected = x.T @ x / len(x) if name != "embed_tokens" else x.square().mean(0)
+        torch.testing.assert_close(hessians[f"{name}.weight"].read().double(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_file_of_prices_has_the_diagonals_and_is_refused_for_error_compensation(hessians, toy_checkpoint, tmp_path):
+    found = price(toy_checkpoint, WINDOWS, [WeightSpec("int8")], facts={"text_sha256": "some"})
+    write_prices(found, tmp_path / "out.prices.safetensors")
+    importance = Hessians(tmp_path / "out.prices.safetensors", toy_checkpoint)
+    assert set(importance) >= set(hessians)
+    for name in hessians:
+        whole, cols = hessians[name].read(), importance[name].read().shape[0]
+        expected = whole if whole.dim() == 1 else whole.diagonal()
+        torch.testing.assert_close(importance[name].diagonal(cols), expected, rtol=1e-3, atol=1e-5)
+    importance.check(PolicySpec.parse("mlp=q4_k+imatrix"))
+    hessians.check(PolicySpec.parse("mlp=int4+gptq"))
+    with pytest.raises(
+        SpecError, match=r"mlp=int4.gptq: .gptq needs Hessians, but .*out.prices.safetensors has prices"
+    ):
+        importance.check(PolicySpec.parse("mlp=int4+gptq"))
+    with pytest.raises(QuantizationError, match=r"gptq needs the Hessian .* and got its diagonal alone"):
+        quantize(torch.ones(2, 48), WeightSpec("int4", gptq=True), importance["layers.0.mlp.up_proj.weight"])
 
 
 def test_the_output_error_from_hessians_is_that_of_the_inputs():
@@ -80,7 +103,7 @@ def test_an_importance_matrix_lowers_the_output_error_on_a_text_that_it_has_not_
     weights, calibration, evaluation = mini_model
     plain, weighted = WeightSpec(spec), WeightSpec(spec, imatrix=True)
     errors: dict[str, dict[WeightSpec, float]] = {}
-    for tensor in (one for one in weights.tensors.values() if one.layer in FEW_LAYERS):
+    for tensor in (one for one in weights.tensors.values() if one.layer in FEW_LAYERS and one.layer is not None):
         if tensor.name in calibration and not tensor.unused and plain.fits(tensor.shape[1]):
             weight = weights.get(tensor.name)
             of_class = errors.setdefault(tensor.tensor_class, {plain: 0.0, weighted: 0.0})
@@ -110,7 +133,7 @@ def test_weights_with_one_input_share_their_hessians(hessians):
     assert "layers.0.mlp.up_proj.weight" in hessians
     assert "layers.0.mlp.nothing.weight" not in hessians
     with pytest.raises(KeyError):
-        hessians["embed_tokens.weight"]
+        hessians["embed_tokens_per_layer.weight"]
 
 
 def test_hessians_of_another_checkpoint_are_refused(hessians, toy, tmp_path):

@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if written.needs_hessians and options.hessians is None:
             raise SpecError(f"{policy.name}: needs --hessians; make them with: python -m epic_quant.calibration")
         hessians = Hessians(options.hessians, checkpoint) if options.hessians else None
+        if hessians is not None:
+            hessians.check(written)
         weights = PolicyWeights(checkpoint, written, hessians)
         try:
             file_format.write(checkpoint, weights, written, options.out)
@@ -129,7 +131,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("out", type=user_path, metavar="OUT", help="the file or folder to write")
     parser.add_argument(
-        "--hessians", type=user_path, metavar="FILE", help="Hessians of the checkpoint, for +gptq and +imatrix"
+        "--hessians",
+        type=user_path,
+        metavar="FILE",
+        help="Hessians of the checkpoint, for +gptq and +imatrix; for +imatrix alone a run's prices too",
     )
     parser.add_argument("--nearest", action="store_true", help="take the nearest spec for those that the format lacks")
     parser.add_argument("--config", metavar="FILE", help="config.json, where it is not beside the checkpoint")

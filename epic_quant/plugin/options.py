@@ -82,7 +82,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="text that +gptq and +imatrix are fitted to, never evaluated on",
     )
     group.addoption(
-        "--hessians", type=_path, metavar="FILE", help="hessians that python -m epic_quant.calibration made"
+        "--hessians",
+        type=_path,
+        metavar="FILE",
+        help="Hessians that python -m epic_quant.calibration made; for +imatrix alone, a run's out.prices.safetensors",
     )
     group.addoption(
         "--windows",

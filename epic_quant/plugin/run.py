@@ -202,8 +202,7 @@ class Run:
         None at all on a large checkpoint without `--hessians`: gathering them is a run of its own. Raises TokenError
         where they are of the evaluation text: fitting and evaluation never share text.
         """
-        if self.options.hessians:
-            hessians = Hessians(self.options.hessians, self.checkpoint)
+        if (hessians := self._hessians) is not None:
             self._check_apart(hessians.text_sha256)
             return hessians
         if self.is_large:
@@ -211,6 +210,11 @@ class Run:
         text = self.calibration_text
         self._check_apart(text_sha256(text))
         return gather(self.checkpoint, text, self._hessian_windows(text), folder / "calibration.safetensors")
+
+    @cached_property
+    def _hessians(self) -> Hessians | None:
+        """What `--hessians` names."""
+        return Hessians(self.options.hessians, self.checkpoint) if self.options.hessians else None
 
     def evaluation_hessians(self, folder: Path) -> Hessians | None:
         """The Hessians of the evaluation text, which give the output error on it; None on a large checkpoint."""
@@ -284,14 +288,19 @@ class Run:
     def priced_specs(self) -> tuple[WeightSpec, ...]:
         """The specs that tensors are priced under: `--price`, or the best at each width; and those of the policies.
 
-        Ones with `+gptq` or `+imatrix` only where there are Hessians.
+        Ones with `+gptq` only where there are Hessians.
         """
         asked = [WeightSpec.parse(text) for text in self.options.price] or CANDIDATES
         quantizing = (policy for policy in self.policies.values() if policy.file is None)
         own = (spec for policy in quantizing for spec in sorted(policy.weight_specs, key=str))
-        fitted = self._fits_hessians or bool(self.options.hessians)
+        fitted = self._fits_hessians if self._hessians is None else self._hessians.are_whole
         every = dict.fromkeys((*asked, *own))
-        return tuple(spec for spec in every if not spec.info.is_plain and (fitted or not spec.needs_hessian))
+        return tuple(spec for spec in every if not spec.info.is_plain and (fitted or not spec.gptq))
+
+    @property
+    def prices_importance(self) -> bool:
+        """Whether `+imatrix` takes the importance that the pass of the prices finds: where that needs no Hessians."""
+        return self.wants_prices and self._hessians is None and not any(spec.gptq for spec in self.priced_specs)
 
     @property
     def priced_kv(self) -> list[KVSpec]:
@@ -359,8 +368,10 @@ class Run:
         for path in named:
             if path is not None:
                 token_windows(self.checkpoint, path, 1, 2)
-        if self.options.hessians:
-            self._check_apart(Hessians(self.options.hessians, self.checkpoint).text_sha256)
+        if self._hessians is not None:
+            self._check_apart(self._hessians.text_sha256)
+            for policy in self.policies.values():
+                self._hessians.check(policy)
         elif any(named):
             self._check_apart(text_sha256(self.calibration_text))
         if self.options.ple_trace:
@@ -376,9 +387,13 @@ class Run:
     @cached_property
     def evaluated(self) -> dict[str, PolicySpec | Variant]:
         """The policies whose quality is measured, and the noise floor; not those that lack Hessians."""
-        fitted = bool(self.options.hessians) or not self.is_large
+        hessians = bool(self.options.hessians) or not self.is_large
+
+        def is_fitted(spec: WeightSpec) -> bool:
+            return not spec.needs_hessian or hessians or (spec.imatrix and self.prices_importance)
+
         found: dict[str, PolicySpec | Variant] = {
-            name: policy for name, policy in self.policies.items() if fitted or not policy.needs_hessians
+            name: policy for name, policy in self.policies.items() if all(map(is_fitted, policy.weight_specs))
         }
         return found | {NOISE_FLOOR: noise_floor()}
 

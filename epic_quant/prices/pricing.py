@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -83,8 +84,8 @@ def price(
 
     `windows` int64 [N, T], BOS first, are of the text to calibrate on, never of the evaluation text; the loss is of
     `samples` labels for each token. Specs with `+gptq` or `+imatrix` are priced where `hessians` has the tensor's,
-    which should be of other windows. Bytes of K and V are those at `context` tokens. Hidden states wait in RAM, or in
-    a file in `folder`.
+    which should be of other windows; without any, `+imatrix` takes the importance that the pass itself finds. Bytes of
+    K and V are those at `context` tokens. Hidden states wait in RAM, or in a file in `folder`.
 
     With `reduced_precision` layers and head multiply in bf16 where that is faster here, errors of weights and their
     inputs are rounded to 8 bits before they are multiplied, and the diagonal form is taken on a sample of rows.
@@ -106,20 +107,25 @@ def price(
     }
     backward = Backward(weights, windows, seed, folder, _fastest_dtype() if reduced_precision else torch.float32)
     found_kv: list[Priced] = []
+    importance: dict[str, Tensor] = {}
     for captured in backward.run(progress):
         if isinstance(captured, KeysValues):
             found_kv.append(_price_kv(captured, config, quantized_kv, context))
             continue
-        its = sums[EMBEDDING if isinstance(captured, HeadRows) else captured.name]
+        name = EMBEDDING if isinstance(captured, HeadRows) else captured.name
+        its = sums[name]
+        if not isinstance(captured, Rows) and name not in importance:  # Not again for every slice of the head.
+            importance[name] = captured.x.square().mean(0)
+        hessian = hessians.get(name) if hessians else Hessian(partial(importance.__getitem__, name))
         try:
             if isinstance(captured, Rows):
-                _add_rows(its, captured, backward)
+                _add_rows(its, captured, hessian, backward)
                 continue
             if isinstance(captured, HeadRows):  # The tied embedding's other end: s = Σ over ids of δ ΔE x.
                 first = captured.first
-                weight, hessian = weights.rows(EMBEDDING, torch.arange(first, first + len(captured.weight))), None
+                weight = weights.rows(EMBEDDING, torch.arange(first, first + len(captured.weight)))
             else:
-                weight, hessian = weights.get(captured.name), hessians.get(captured.name)
+                weight = weights.get(name)
             _add_products(its, captured, weight, hessian, backward.num_predicted, reduced_precision)
         except QuantizationError as error:
             raise QuantizationError(f"{its.tensor.name}: {error}") from error
@@ -135,6 +141,7 @@ def price(
             "samples": samples,
             "seed": seed,
         },
+        {name: its.numpy() for name, its in importance.items()},
     )
 
 
@@ -213,8 +220,8 @@ def _fitting(
         assert tensor.tensor_class is not None
         fitting = []
         for spec in specs:
-            if spec.needs_hessian and (tensor.tensor_class in _TABLES or tensor.name not in hessians):
-                if tensor.tensor_class not in _TABLES and not hessians:
+            if spec.needs_hessian and not _has_inputs(tensor, spec, hessians):
+                if spec.gptq and not hessians:
                     nowhere.pop(spec, None)  # Without Hessians it is left out everywhere, which is no mistake.
                 continue
             divided = spec.with_dividing_group(cols[tensor.tensor_class])
@@ -225,6 +232,16 @@ def _fitting(
     if nowhere:
         raise SpecError(f"{next(iter(nowhere))} fits no tensor of this model")
     return found
+
+
+def _has_inputs(tensor: TextTensor, spec: WeightSpec, hessians: Mapping[str, Hessian]) -> bool:
+    """Whether there is what a spec is fitted to: the Hessian, or of `+imatrix` without any what the pass finds.
+
+    Error compensation does nothing for rows that are looked up. The embedding is the head too, which has inputs.
+    """
+    if spec.gptq and tensor.tensor_class in _TABLES:
+        return False
+    return tensor.name in hessians or (not hessians and not spec.gptq and tensor.tensor_class is not _TABLES[0])
 
 
 def _priced(its: _Tensor) -> Priced:
@@ -257,7 +274,7 @@ def _add_products(
     sampled = torch.arange(0, len(weight), every)
     squared = (gradient[:, sampled].T @ x).square_() * (len(weight) / len(sampled))
     for index, spec in enumerate(its.specs):
-        stored = quantize(weight, spec, hessian if spec.needs_hessian else None)
+        stored = quantize(weight, spec, hessian)
         if reduced_precision:
             outputs = _rounded_error(stored, weight).matmul(x, "int8")
             error = stored.rows(sampled).dequantize().sub_(weight[sampled])
@@ -281,13 +298,13 @@ def _rounded_error(stored: StoredMatrix, weight: Tensor) -> StoredMatrix:
     )
 
 
-def _add_rows(its: _Tensor, looked_up: Rows, backward: Backward) -> None:
+def _add_rows(its: _Tensor, looked_up: Rows, hessian: Hessian | None, backward: Backward) -> None:
     """The same for rows that are looked up: s = δᵀ Δrow."""
     ids, where = looked_up.ids.unique(return_inverse=True)
     rows = backward.weights.rows(looked_up.name, ids)
     gradient = torch.zeros(len(ids), rows.shape[1]).index_add_(0, where, looked_up.gradient)
     for index, spec in enumerate(its.specs):
-        error = quantize(rows, spec).dequantize().sub_(rows.float())
+        error = quantize(rows, spec, hessian).dequantize().sub_(rows.float())
         its.derivatives[index] += torch.linalg.vecdot(error[where], looked_up.gradient)
         its.diagonal[index] += 0.5 * float((gradient * error).square().sum()) / backward.num_predicted
 

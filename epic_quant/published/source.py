@@ -101,13 +101,13 @@ class PublishedWeights(Weights):
             return weight
         for rows in row_chunks(*weight.shape, _PIECE):
             ids = torch.arange(rows.start, rows.stop)
-            self._checked(name, _decoded(weight, ids), ids)
+            self._checked(name, decoded(weight, ids), ids)
         return weight
 
     def rows(self, name: str, ids: Tensor) -> Tensor:
         """Rows [n, cols] of a matrix, decoded; no other row is read."""
         ids = ids.reshape(-1).to("cpu", torch.int64)
-        return self._checked(name, _decoded(self.file.tensors[name].read(), ids), ids)
+        return self._checked(name, decoded(self.file.tensors[name].read(), ids), ids)
 
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor in the file, scales and all."""
@@ -122,7 +122,8 @@ class PublishedWeights(Weights):
         return values
 
 
-def _decoded(weight: Weight, ids: Tensor) -> Tensor:
+def decoded(weight: Weight, ids: Tensor) -> Tensor:
+    """Rows [n, cols] of a matrix, in the dtype that it has where it is plain, else in fp32."""
     return weight.index_select(0, ids) if isinstance(weight, Tensor) else weight.rows(ids).dequantize()
 
 

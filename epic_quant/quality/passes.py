@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +16,7 @@ from epic_quant.errors import TokenError
 from epic_quant.gemma4.block import num_scores, query_blocks
 from epic_quant.gemma4.config import TextConfig
 from epic_quant.gemma4.tensors import TextTensor
+from epic_quant.policy import spec_of
 from epic_quant.quality.stream import BATCH_TOKENS, HEAD_ROWS, HEAD_TOKENS
 from epic_quant.quality.variants import (
     StartKey,
@@ -178,17 +180,17 @@ def work(variants: Sequence[Variant], config: TextConfig, num_windows: int, wind
     return [*layers, tokens * config.vocab_size * config.hidden_size * len(set(signatures))]
 
 
-def quantized_numel(variants: Sequence[Variant], config: TextConfig) -> dict[WeightSpec, int]:
-    """Weights that a pass quantizes under each spec: a tensor once, however many variants share it.
+def quantized_numel(variants: Sequence[Variant], config: TextConfig) -> dict[tuple[WeightSpec, str | None], int]:
+    """Weights that a pass quantizes under each spec, or decodes from each published file in each that it has.
 
-    Of tables that is every row, for the head, and none for the PLE table, of which only the text's rows are taken.
-    Published files are quantized already.
+    A tensor counts once, however many variants share it. Of tables that is every row, for the head, and none for the
+    PLE table, of which only the text's rows are taken.
     """
-    found: dict[WeightSpec, int] = {}
+    found: Counter[tuple[WeightSpec, str | None]] = Counter()
     for tensors in matrices(config).values():
         for tensor in tensors:
             if tensor.tensor_class is not TensorClass.PLE_TABLE:
-                for key in {variant.key(tensor) for variant in variants}:
-                    if isinstance(key, WeightSpec):
-                        found[key] = found.get(key, 0) + math.prod(tensor.shape)
-    return found
+                for key, variant in {variant.key(tensor): variant for variant in variants}.items():
+                    if key is not None and (spec := spec_of(variant.policy, tensor)) is not None:
+                        found[spec, variant.policy.file] += math.prod(tensor.shape)
+    return dict(found)

@@ -34,8 +34,8 @@ class Hessian:
     """The mean of x xᵀ over a layer's inputs x, with the inverse Cholesky factors of it: one for each rotation.
 
     They depend on nothing else, so weights that multiply the same input share one of these, and so do all specs.
-    `read` gives it, fp32 or fp64 [cols, cols]; only factors and the diagonal are kept, once
-    they have been asked for.
+    `read` gives it, fp32 or fp64 [cols, cols], or [cols] where its diagonal alone is known, of which there is no
+    factor; only factors and the diagonal are kept, once they have been asked for.
     """
 
     def __init__(self, read: Callable[[], Tensor]) -> None:
@@ -53,7 +53,8 @@ class Hessian:
     def diagonal(self, cols: int) -> Tensor:
         """[cols], the mean of the squared inputs. Raises QuantizationError where the Hessian is not [cols, cols]."""
         if self._diagonal is None:
-            self._diagonal = _of_shape(self.read(), cols).diagonal().clone()
+            hessian = self.read()
+            self._diagonal = hessian if hessian.shape == (cols,) else _of_shape(hessian, cols).diagonal().clone()
         return self._diagonal
 
     def factor(self, cols: int, hadamard_block: int) -> Tensor:
@@ -62,7 +63,10 @@ class Hessian:
         Raises QuantizationError where the Hessian is not [cols, cols], not finite or not symmetric.
         """
         if hadamard_block not in self._factors:
-            hessian = _checked(_of_shape(self.read(), cols))
+            hessian = self.read()
+            if hessian.dim() == 1:
+                raise QuantizationError("gptq needs the Hessian of the layer's inputs, and got its diagonal alone")
+            hessian = _checked(_of_shape(hessian, cols))
             if hadamard_block:
                 hessian = hadamard.rotate(hadamard.rotate(hessian, hadamard_block).T, hadamard_block)
             self._factors[hadamard_block] = inverse_cholesky_factor(hessian)

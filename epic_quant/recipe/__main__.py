@@ -14,7 +14,7 @@ from epic_quant.files import atomic, user_path
 from epic_quant.recipe.assignment import BY, Recipe
 from epic_quant.recipe.inputs import in_ggml_types, problem_of
 from epic_quant.results.predictions import measured_line, predicted_lines, prices_of
-from epic_quant.results.prices import Prediction
+from epic_quant.results.prices import Prediction, prices_path
 from epic_quant.results.reading import read_run
 from epic_quant.results.run import Run
 from epic_quant.units import parse_nbytes
@@ -36,9 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         recipe = problem.within_resident(options.budget)
     prediction = prices.predict(recipe.policy)
-    lines = [*_description(recipe, prediction), _measured(run, recipe, prediction, options.out)]
+    lines = [*_description(recipe, prediction), _measured(run, recipe, prediction, options)]
     if options.format == "gguf":
-        lines.append(_export(run, recipe, options.out))
+        lines.append(_export(run, recipe, options))
     if options.out is None:
         lines = [str(recipe.policy), "", *lines]
     else:
@@ -63,26 +63,32 @@ def _description(recipe: Recipe, prediction: Prediction) -> Iterator[str]:
     yield f"weights: {recipe.nbytes:,} bytes, {recipe.bits_per_weight:.4g} bits a weight"
 
 
-def _measured(run: Run, recipe: Recipe, prediction: Prediction, out: Path | None) -> str:
+def _measured(run: Run, recipe: Recipe, prediction: Prediction, options: argparse.Namespace) -> str:
     """What was measured, or the command that measures it."""
     if line := measured_line(run, recipe.policy, prediction):
         return line
     checkpoint = run.facts["checkpoint"]
-    chosen = ["--checkpoint", checkpoint["source"]] if checkpoint["kind"] == "user" else []
-    file = out or Path("recipe.policy")
+    chosen = ["--checkpoint", checkpoint["source"], *_hessians(recipe, options)] if checkpoint["kind"] == "user" else []
+    file = options.out or Path("recipe.policy")
     words = ["pytest", "benchmarks/test_quality.py", *chosen, f"--policy=@{file}", "--benchmark-json", "recipe.json"]
-    write = "" if out else f"write it with --out {file}, then "
+    write = "" if options.out else f"write it with --out {file}, then "
     return f"measured divergence:  none in this JSON; to measure it: {write}{shlex.join(words)}"
 
 
-def _export(run: Run, recipe: Recipe, out: Path | None) -> str:
+def _export(run: Run, recipe: Recipe, options: argparse.Namespace) -> str:
     """The command that writes the file."""
-    file = out or Path("recipe.policy")
+    file = options.out or Path("recipe.policy")
     source = run.facts["checkpoint"]["source"]
     words = ["python", "-m", "epic_quant.export", source, f"--policy=@{file}", "--format", "gguf", f"{file.stem}.gguf"]
-    if recipe.policy.needs_hessians:
-        words += ["--hessians", "hessians.safetensors"]
-    return f"GGUF: {shlex.join(words)}"
+    return f"GGUF: {shlex.join([*words, *_hessians(recipe, options)])}"
+
+
+def _hessians(recipe: Recipe, options: argparse.Namespace) -> list[str]:
+    """The option that names what the recipe is fitted to, where it is: for importance the prices are enough."""
+    if not recipe.policy.needs_hessians:
+        return []
+    whole = any(spec.gptq for spec in recipe.policy.weight_specs)
+    return ["--hessians", "hessians.safetensors" if whole else str(prices_path(options.json))]
 
 
 def _nbytes(text: str) -> int:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from epic_quant.errors import RecipeError
 from epic_quant.recipe.assignment import By, Problem
-from epic_quant.records.subjects import FootprintRecord, QualityRecord
+from epic_quant.records.subjects import FootprintRecord, PricesRecord, QualityRecord
 from epic_quant.results.prices import Priced, Prices
 from epic_quant.results.run import Run
 from epic_quant.spec import FORMATS, NAMED, REFERENCE, PLESpec, PolicySpec, WeightSpec
@@ -49,9 +49,10 @@ def _in_ggml_types(priced: Priced) -> Priced:
 
 
 def _resident_parts(run: Run) -> Mapping[str, float]:
-    """Resident bytes of `bf16` by part, from its footprint or, where that did not run, from its quality."""
+    """Resident bytes of `bf16` by part, from its footprint, its quality or the prices, whichever ran."""
     footprint = run.value(FootprintRecord, "parts", policy=REFERENCE, model="this checkpoint", column="resident")
-    if parts := footprint or run.value(QualityRecord, "parts", policy=REFERENCE):
+    quality = run.value(QualityRecord, "parts", policy=REFERENCE)
+    if parts := footprint or quality or run.value(PricesRecord, "parts"):
         return dict(parts)
     raise RecipeError(
         "the JSON lacks the resident bytes of bf16 by part; make them with: "

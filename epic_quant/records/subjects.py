@@ -328,7 +328,8 @@ class PricesRecord(SubjectRecord, subject="prices"):
     its bytes. `frontier` are recipes by tensor from the fewest resident bytes up: `resident_nbytes`, `predicted`,
     `policy` (a policy's text), and `bits`, the mean bits a weight of each class. `by` compares recipes that give one
     spec to a class, a kind, a layer of a class, or a tensor, at the same stored bytes: `bits`, `nbytes` of each budget
-    and `predicted` by granularity. `file` is the name of the file that has the numbers of each token.
+    and `predicted` by granularity. `file` is the name of the file that has the numbers of each token, `parts` the
+    resident bytes of bf16 by part.
     """
 
     text: str = label()
@@ -339,6 +340,7 @@ class PricesRecord(SubjectRecord, subject="prices"):
     tensors: Mapping[str, Any] = detail(default_factory=dict)
     frontier: tuple[Any, ...] = detail(default=())
     by: tuple[Any, ...] = detail(default=())
+    parts: Mapping[str, float] = detail(default_factory=dict)
 
 
 def _check_curve(capacities: tuple[int, ...], values: tuple[float, ...], name: str) -> None:

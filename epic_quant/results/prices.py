@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,6 +28,8 @@ from epic_quant.spec import BF16, PolicySpec, Target, TensorClass
 SCHEMA_VERSION = 1
 _KEY = "epic_quant_prices"
 SUFFIX = ".prices.safetensors"
+# What stands before a tensor's name where the file has the importance of its columns.
+IMPORTANCE = "importance."
 
 Floats = NDArray[np.float32]
 
@@ -74,12 +77,16 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Prices:
-    """All prices of a run. `num_predicted` is the tokens that divergences are means over, samples of labels counted."""
+    """All prices of a run. `num_predicted` is the tokens that divergences are means over, samples of labels counted.
+
+    `importance` has, by the names of tensors that multiply something, the mean square of their inputs in each column.
+    """
 
     tensors: tuple[Priced, ...]
     kv: tuple[Priced, ...]
     num_predicted: int
     facts: Mapping[str, Any] = field(default_factory=dict)  # checkpoint, text_sha256, windows, samples, seed, …
+    importance: Mapping[str, Floats] = field(default_factory=dict)
 
     @cached_property
     def by_name(self) -> Mapping[str, Priced]:
@@ -100,10 +107,8 @@ class Prices:
     def predict(self, policy: PolicySpec) -> Prediction:
         """What a policy does to the predictions.
 
-        Raises SpecError where it has a spec that was not priced, or the weights of a published file, which are not.
+        Raises SpecError as `stored`, and where it has a spec that was not priced.
         """
-        if policy.file is not None:
-            raise SpecError(f"{policy.name}: a published file's weights have no prices; measure it")
         total = np.zeros(self._num_tokens, dtype=np.float64)
         alone = 0.0
         for priced, candidate in self.stored(policy):
@@ -114,7 +119,16 @@ class Prices:
         return Prediction(divergence, error, alone)
 
     def stored(self, policy: PolicySpec) -> Iterator[tuple[Priced, str]]:
-        """The tensors, and the layers' K and V, that a policy does not store in bf16, each with its candidate."""
+        """The tensors, and the layers' K and V, that a policy does not store in bf16, each with its candidate.
+
+        Raises SpecError for a published file, whose weights have no prices.
+        """
+        if policy.file is not None:
+            option = shlex.quote(f"{policy.name}=file:{policy.file}")
+            raise SpecError(
+                f"{policy.name}: a published file's weights have no prices; to measure it: "
+                f"pytest benchmarks/test_quality.py --policy {option}"
+            )
         for priced in self.tensors:
             assert priced.target is not None
             if (spec := policy.spec_of(priced.target)) != BF16:
@@ -150,7 +164,7 @@ def prices_path(json_path: Path) -> Path:
 
 
 def write_prices(prices: Prices, path: Path) -> None:
-    """Write them to a file that `read_prices` reads; the caller makes that atomic."""
+    """Write them to a file that `read_prices` reads, and `calibration.Hessians`; the caller makes that atomic."""
     content = {
         "schema_version": SCHEMA_VERSION,
         "num_predicted": prices.num_predicted,
@@ -169,7 +183,8 @@ def write_prices(prices: Prices, path: Path) -> None:
         ],
     }
     arrays = {priced.name: np.ascontiguousarray(priced.derivatives) for priced in (*prices.tensors, *prices.kv)}
-    save_file(arrays, path, {_KEY: json.dumps(content)})
+    arrays |= {IMPORTANCE + name: importance for name, importance in prices.importance.items()}
+    save_file(arrays, path, {name: str(value) for name, value in prices.facts.items()} | {_KEY: json.dumps(content)})
 
 
 def read_prices(path: Path, fingerprint: str | None = None) -> Prices:
@@ -195,6 +210,11 @@ def read_prices(path: Path, fingerprint: str | None = None) -> Prices:
                 tuple(one for one in priced if one.target is None),
                 int(content["num_predicted"]),
                 dict(content["facts"]),
+                {
+                    name.removeprefix(IMPORTANCE): file.get_tensor(name)
+                    for name in file.keys()  # noqa: SIM118 - the file itself is no mapping
+                    if name.startswith(IMPORTANCE)
+                },
             )
     except FileNotFoundError:
         raise ReportError(f"{path}: no such file; the benchmarks write it beside their JSON") from None

@@ -1,6 +1,7 @@
 """Derivatives against sums written out, and prices against the divergence that is measured."""
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from epic_quant.errors import CheckpointError, SpecError, TokenError
 from epic_quant.gemma4.tensors import expected_tensors
 from epic_quant.gemma4.weights import CheckpointWeights
 from epic_quant.plan import plan_prices
+from epic_quant.plugin.run import SMALL_MODEL
 from epic_quant.prices import needed_nbytes, price
 from epic_quant.prices.backward import Backward, HeadRows, KeysValues, Linear, Rows
 from epic_quant.quant import Hessian, quantize
@@ -19,6 +21,7 @@ from epic_quant.spec import KVSpec, PolicySpec, WeightSpec
 
 from .conftest import WINDOWS
 
+MINI = Path(__file__).resolve().parents[2] / SMALL_MODEL
 INT4, INT8 = WeightSpec.parse("int4-g16"), WeightSpec.parse("int8-g16")
 
 
@@ -83,6 +86,33 @@ def test_error_compensation_is_priced_with_the_hessian_given(toy_checkpoint, tmp
     assert priced(prices, "embed_tokens.weight").candidates == (str(INT4),)
     without = price(toy_checkpoint, WINDOWS, [INT4, gptq])
     assert all(one.candidates == (str(INT4),) for one in without.tensors)
+
+
+def test_importance_comes_from_the_pass_itself_without_hessians():
+    """Of every layer and of the head, to which the embedding is tied; what is only looked up has none."""
+    fitted, down, embedding = WeightSpec.parse("q8_0+imatrix"), "layers.0.mlp.down_proj.weight", "embed_tokens.weight"
+    with Checkpoint.open(MINI) as checkpoint:
+        prices = price(checkpoint, WINDOWS, [fitted])
+        weights = CheckpointWeights(checkpoint)
+        expected = dict.fromkeys((down, embedding), torch.zeros(WINDOWS.numel(), dtype=torch.float64))
+        for one in Backward(weights, WINDOWS, seed=0).run():
+            if isinstance(one, HeadRows) or getattr(one, "name", "") == down:
+                name = down if isinstance(one, Linear) else embedding
+                error = error_of(weights, name, fitted, torch.diag(one.x.square().mean(0)))
+                expected[name] = expected[name] + torch.einsum(
+                    "tr,rc,tc->t", one.gradient.double(), error, one.x.double()
+                )
+            elif isinstance(one, Rows) and one.name == embedding:
+                looked_up = error_of(
+                    weights, embedding, fitted, torch.diag(torch.from_numpy(prices.importance[embedding]))
+                )
+                expected[embedding] = expected[embedding] + (one.gradient.double() * looked_up[one.ids]).sum(1)
+    for name, s in expected.items():
+        found = priced(prices, name).derivatives[0]
+        np.testing.assert_allclose(found, s.numpy(), rtol=1e-3, atol=1e-3 * float(s.abs().max()))
+    without = {"embed_tokens_per_layer.weight"}
+    assert {one.name for one in prices.tensors if not one.candidates} == without
+    assert set(prices.importance) == {one.name for one in prices.tensors} - without
 
 
 def test_an_error_that_all_keys_have_in_common_costs_nothing(toy_checkpoint):

@@ -1,5 +1,7 @@
 """GGUF files as policies, beside gguf-py's own decoding."""
 
+import math
+
 import gguf
 import numpy as np
 import pytest
@@ -9,10 +11,12 @@ from torch import Tensor
 
 from epic_quant.errors import CheckpointError, ConfigError, EpicQuantError, SpecError
 from epic_quant.footprint import resident
-from epic_quant.policy import PolicyWeights, check, opened, tensor_nbytes
+from epic_quant.plan import plan, plan_quality, plan_quantizing
+from epic_quant.policy import PolicyWeights, check, opened, spec_of, tensor_nbytes
 from epic_quant.published import open_published
 from epic_quant.published.source import differences
 from epic_quant.quality import evaluate
+from epic_quant.quality.passes import quantized_numel
 from epic_quant.quality.variants import Variant
 from epic_quant.spec import FORMATS, PUBLISHED, PolicySpec
 
@@ -42,6 +46,27 @@ def test_a_file_of_our_own_blocks_has_our_policys_bytes_and_divergence(mini, pla
         if tensor.target is not None and not tensor.unused and str(ours.spec_of(tensor.target)) != "bf16":
             assert tensor_nbytes(theirs, tensor) == tensor_nbytes(ours, tensor)
     assert resident(theirs, plain.config, 128)["mlp"] == resident(ours, plain.config, 128)["mlp"]
+
+
+def test_the_plan_counts_what_is_decoded_of_a_file(mini, plain, mixed):
+    """Every matrix that a pass multiplies by, whatever it is stored in; the same policy without a file quantizes."""
+    ours, path = mixed
+    theirs = opened(policy_of(path), plain.config)
+    found = quantized_numel([Variant(theirs)], plain.config)
+    own = quantized_numel([Variant(ours)], plain.config)
+    assert {spec: numel for (spec, file), numel in found.items() if str(spec) != "f32"} == {
+        spec: numel for (spec, _), numel in own.items()
+    }
+    used = [t for t in plain.tensors.values() if t.target is not None and not t.unused]
+    multiplied = sum(math.prod(t.shape) for t in used if t.target.tensor_class != "ple_table")
+    assert sum(found.values()) == multiplied
+    lines = plan_quality("quality", plain.config, {"theirs": theirs}, 1, 16, 10**9)
+    assert any(line.startswith(f"  decoding published files: {multiplied / 1e6:,.1f} M weights, ") for line in lines)
+    assert not any("quantizing" in line for line in lines)
+    assert [line.split(":")[0] for line in plan(plain.config, [theirs], 4)[1:-2]] == [
+        f"  {spec} in {path}" for spec in sorted({str(spec_of(theirs, t)) for t in used})
+    ]
+    assert plan_quantizing(plain.config, [theirs], {0}) > 0 == plan_quantizing(plain.config, [PolicySpec("bf16")], {0})
 
 
 KINDS = [Type.Q8_0, Type.Q4_1, Type.Q5_1, Type.MXFP4, Type.F16, Type.BF16]

@@ -1,15 +1,29 @@
 """The quality benchmarks, run as a user runs them, on a toy checkpoint with a tokenizer of its own."""
 
+import argparse
 import json
 import math
 import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
+import torch
 
+from epic_quant import predict
+from epic_quant.calibration import Hessians
+from epic_quant.checkpoint import Checkpoint
+from epic_quant.errors import SpecError
+from epic_quant.plugin.run import SMALL_MODEL, Run
+from epic_quant.prices import price
+from epic_quant.quality import evaluate
+from epic_quant.recipe.__main__ import main as make_recipe
 from epic_quant.records import JSON_KEY, Record
-from epic_quant.results.prices import read_prices
-from epic_quant.spec import PolicySpec, TensorClass
+from epic_quant.results.prices import prices_path, read_prices, write_prices
+from epic_quant.spec import PolicySpec, TensorClass, WeightSpec
+from epic_quant.text import token_windows
+
+MINI = Path(__file__).resolve().parents[2] / SMALL_MODEL
 
 BY_LAYER = "mlp=int4,mlp@0-2+7=int8"
 RECIPES = [f"recipe at {policy}, K and V {kv}" for policy in ("mlp=int4", BY_LAYER) for kv in ("in bf16", "chosen")]
@@ -163,3 +177,41 @@ def test_an_invalid_size_is_refused(options, pytest_run):
     status, printed = pytest_run(*options, "--memory", "many")
     assert status == 4
     assert "--memory" in printed
+
+
+def test_importance_of_prices_measures_a_policy_and_again_from_their_file(run_pytest, tmp_path, capsys):
+    """No Hessians are gathered for `+imatrix` alone; later the file of prices takes their place.
+
+    What recipes are made of is in the JSON of the prices, whatever else ran; a published file is refused in one line.
+    """
+    policy, out = "embedding=q4_0+imatrix", tmp_path / "out.json"
+    chosen = ["--policy", policy, "--price", "q8_0", "--windows", "1", "--window-tokens", "12", "--no-check"]
+    tests = [f"benchmarks/test_quality.py::{name}" for name in ("test_quality", "test_prices")]
+    status, printed = run_pytest(*tests, *chosen, "-k", "embedding or test_prices", "--benchmark-json", out)
+    assert status == 0, printed
+    entries = json.loads(out.read_text(encoding="utf-8"))["benchmarks"]
+    records = {record.subject: record for record in (Record.from_json(e["extra_info"][JSON_KEY]) for e in entries)}
+    assert set(records) == {"quality", "prices"}
+    measured = records["quality"].metrics["kl_divergence"]
+    with Checkpoint.open(MINI) as checkpoint:
+        windows = token_windows(checkpoint, MINI / "eval.txt", 1, 12)
+        importance = Hessians(prices_path(out), checkpoint)
+        found = evaluate(checkpoint, {policy: PolicySpec.parse(policy)}, windows, hessians=importance)
+    assert found[policy].kl_divergence == pytest.approx(measured, rel=1e-3)
+    assert make_recipe([str(out), "--bits", "9"]) == 0
+    assert predict.main([str(out), "--policy", policy]) == 0
+    assert f"measured divergence:  {measured:.4g} ± " in capsys.readouterr().out
+    assert predict.main([str(out), "--policy", policy, "--policy", "theirs=file:a model.gguf"]) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
+    assert "theirs: a published file's weights have no prices; to measure it: pytest benchmarks/" in printed.err
+    assert printed.err.endswith(" --policy 'theirs=file:a model.gguf'\n")
+
+
+def test_a_policy_that_importance_is_not_enough_for_ends_the_run_at_once(toy_checkpoint, pytestconfig, tmp_path):
+    path = tmp_path / "out.prices.safetensors"
+    write_prices(price(toy_checkpoint, torch.ones(1, 4), [WeightSpec("int8")], facts={"text_sha256": "some"}), path)
+    given = {"checkpoint": str(toy_checkpoint.source), "policy": ["mlp=int4+gptq"], "hessians": path}
+    run = Run(argparse.Namespace(**(vars(pytestconfig.option) | given)), pytestconfig.rootpath)
+    with run.checkpoint, pytest.raises(SpecError, match=r"mlp=int4\+gptq: \+gptq needs Hessians, but .* has prices"):
+        run.check_inputs(())

@@ -92,9 +92,12 @@ def test_work_grows_linearly_with_policies_and_tokens():
 def test_a_weight_is_quantized_once_for_all_policies_that_agree_on_it():
     variants = [Variant(PolicySpec.parse(text)) for text in ("mlp=int4", "mlp=int4,embedding=int8", "ple_table=int8")]
     mlp = sum(math.prod(t.shape) for t in expected_tensors(E4B) if t.tensor_class is TensorClass.MLP)
-    assert quantized_numel(variants, E4B) == {WeightSpec("int4"): mlp, WeightSpec("int8"): 262144 * 2560}
+    assert quantized_numel(variants, E4B) == {
+        (WeightSpec("int4"), None): mlp,
+        (WeightSpec("int8"), None): 262144 * 2560,
+    }
     one = Variant(PolicySpec.parse("mlp@20=int4"))
-    assert quantized_numel([one], E4B) == {WeightSpec("int4"): mlp // 42}
+    assert quantized_numel([one], E4B) == {(WeightSpec("int4"), None): mlp // 42}
 
 
 def test_every_class_and_kv_spec_is_ablated_alone():

@@ -61,20 +61,23 @@ def test_coarser_units_never_have_less_alone(by, data, write, capsys):
     assert fine <= coarse * (1 + 1e-6)
 
 
-GGML = {"q8_0": 8.5, "q4_k": 4.5, "tq2_0": 2.0625, "int5-g32+gptq": 5.5}
+GGML = {"q8_0": 8.5, "q4_k": 4.5, "tq2_0": 2.0625}
 
 
 @pytest.mark.parametrize("budget", [["--bits", "4"], ["--budget", str(NUMEL_BYTES // 4)]])
-def test_a_recipe_for_gguf_has_ggmls_types_alone_and_leaves_k_and_v(budget, data, write, tmp_path, capsys):
-    path, file = write(data, make_prices(bits=BITS | GGML)), tmp_path / "small.policy"
+@pytest.mark.parametrize("fitted", ["int5-g32+gptq", "q5_k+imatrix"])
+def test_a_recipe_for_gguf_has_ggmls_types_alone_and_leaves_k_and_v(budget, fitted, data, write, tmp_path, capsys):
+    ggml = GGML | {fitted: 5.5}
+    path, file = write(data, make_prices(bits=BITS | ggml)), tmp_path / "small.policy"
     assert main([str(path), *budget, "--format", "gguf", "--out", str(file)]) == 0
     policy = PolicySpec.parse(file.read_text(encoding="utf-8").strip())
-    assert {str(spec) for spec in policy.weight_specs} <= {*GGML, "bf16"}
+    assert {str(spec) for spec in policy.weight_specs} <= {*ggml, "bf16"}
     assert policy.kv.is_plain
     last = capsys.readouterr().out.splitlines()[-1]
     command = f"python -m epic_quant.export 'some model' --policy=@{file} --format gguf small.gguf"
     assert policy.needs_hessians
-    assert last == f"GGUF: {command} --hessians hessians.safetensors"
+    hessians = "hessians.safetensors" if fitted.endswith("gptq") else prices_path(path)
+    assert last == f"GGUF: {command} --hessians {hessians}"
 
 
 BAD = {

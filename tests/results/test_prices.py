@@ -34,6 +34,7 @@ def prices():
         (priced("kv.3", None, 3, 0, (str(KVSpec.parse("int8")),), None),),
         PREDICTED,
         {"checkpoint": "abc", "samples": 1},
+        {"embed_tokens.weight": np.array([0.5, 2.0], dtype=np.float32)},
     )
 
 
@@ -60,6 +61,7 @@ def content_of(path):
 def test_what_is_written_is_read(prices, path):
     found = read_prices(path, "abc")
     assert (found.num_predicted, found.facts) == (prices.num_predicted, prices.facts)
+    assert {name: its.tolist() for name, its in found.importance.items()} == {"embed_tokens.weight": [0.5, 2.0]}
     for theirs, ours in zip((*found.tensors, *found.kv), (*prices.tensors, *prices.kv), strict=True):
         assert np.array_equal(theirs.derivatives, ours.derivatives)
         assert theirs.derivatives.dtype == np.float32
@@ -106,8 +108,9 @@ def test_only_layers_with_a_spec_of_their_own_are_charged_for_it(prices):
     ],
 )
 def test_a_spec_that_was_not_priced_is_refused_with_those_that_were(prices, policy, message):
-    with pytest.raises(SpecError, match=message):
-        prices.predict(PolicySpec.parse(policy))
+    for ask in (prices.predict, prices.nbytes):
+        with pytest.raises(SpecError, match=message):
+            ask(PolicySpec.parse(policy))
 
 
 def test_prices_of_another_checkpoint_are_refused(path):
