@@ -6,6 +6,8 @@ Names are loaded when first used (PEP 562), so that a report or `--help` never i
 from __future__ import annotations
 
 import importlib
+import signal
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +20,11 @@ if TYPE_CHECKING:
     from epic_quant.quant import quantize
     from epic_quant.quant.linear import linear
     from epic_quant.spec import KVSpec, PLESpec, PolicySpec, WeightSpec
+
+# `python -m epic_quant.X`, which Python names so while it looks for X: Ctrl-C ends it without a traceback until
+# `command_line.leave` has taken over, since torch alone takes seconds to import.
+if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 __version__ = "0.1.0"
 

@@ -187,15 +187,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ],
         "0; 2 if the checkpoint or the text cannot be read, or the Hessians cannot be written.",
     )
-    parser.add_argument("source", help="a .safetensors file, a folder, or a hub id in the local cache")
+    command_line.add_checkpoint(parser, "config", "tokenizer")
     parser.add_argument(
         "--text", type=user_path, required=True, metavar="FILE", help="calibration text, never the evaluation text"
     )
     parser.add_argument("--out", type=user_path, required=True, metavar="FILE", help="the file of Hessians to write")
     parser.add_argument("--windows", type=int, default=32, metavar="N", help="windows of the text (32)")
     parser.add_argument("--window-tokens", type=int, default=512, metavar="N", help="tokens of each (512)")
-    parser.add_argument("--config", metavar="FILE", help="config.json, where it is not beside the checkpoint")
-    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json, where it is not beside the checkpoint")
     options = parser.parse_args(arguments)
     with Checkpoint.open(options.source, config=options.config, tokenizer=options.tokenizer) as checkpoint:
         windows = token_windows(checkpoint, options.text, options.windows, options.window_tokens)

@@ -47,6 +47,13 @@ def parser(module: str, description: str, examples: Sequence[str], statuses: str
     return made
 
 
+def add_checkpoint(parser: argparse.ArgumentParser, *companions: str) -> None:
+    """Add `source`, a checkpoint, and the options that name its `companions`: config, tokenizer."""
+    parser.add_argument("source", help="a .safetensors file, a folder, or a hub id in the local cache")
+    for name in companions:
+        parser.add_argument(f"--{name}", metavar="FILE", help=f"{name}.json, where it is not beside the checkpoint")
+
+
 def reports_errors(main: _Main) -> Callable[..., int]:
     """Make a `main` print what it raises for bad input as one line on stderr, and return 2."""
 
@@ -107,8 +114,11 @@ def print_text(text: str) -> None:
 def leave(main: Callable[[], int]) -> NoReturn:
     """Run `main` and exit with its status; without a traceback on a closed pipe or Ctrl-C.
 
-    SIGTERM and SIGHUP, which end Python at once, leave by way of every `finally`, so that nothing unfinished stays.
+    SIGTERM and SIGHUP, which end Python at once, leave by way of every `finally`, so that nothing unfinished stays;
+    and so does Ctrl-C, which ends at once what is run with `-m` while it is imported (`epic_quant/__init__.py`).
     """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP; nohup has it ignored.
         if (number := getattr(signal, name, None)) is not None and signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _stopped)

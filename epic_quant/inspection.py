@@ -30,8 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ],
         "0; 1 where --values finds NaN, infinity or overflow in a text tensor; 2 where the checkpoint cannot be read.",
     )
-    parser.add_argument("source", help="a .safetensors file, a folder, or a hub id in the local cache")
-    parser.add_argument("--config", metavar="FILE", help="config.json, where it is not beside the checkpoint")
+    command_line.add_checkpoint(parser, "config")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument(
         "--values", action="store_true", help="read all text tensors: NaN, infinity, zeros, outliers, dtypes"

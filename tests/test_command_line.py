@@ -1,5 +1,6 @@
 """What every command line does alike."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,18 @@ def test_an_interrupt_is_no_traceback(capsys):
         command_line.leave(main)
     assert left.value.code == command_line.INTERRUPTED
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no process alone a Ctrl-C")
+@pytest.mark.parametrize("module", ["calibration", "export", "inspection"])
+def test_an_interrupt_while_torch_is_imported_is_none_either(module, tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n", encoding="utf-8")
+    command = f"'{sys.executable}' -m epic_quant.{module} '{CHECKPOINT}'; exit $?"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        ["sh", "-c", command], capture_output=True, env=environment, cwd=CHECKPOINT.parents[1], check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (command_line.INTERRUPTED, b"", b"")
 
 
 @pytest.mark.parametrize("lines", [1, 100_000], ids=["in the buffer", "past it"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -39,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     policy = command_line.policy_of(options.policy)
     if policy.file is not None:
         raise SpecError(f"{policy.name}: file:{policy.file} is quantized already; expected a policy of formats")
+    if os.path.lexists(options.out):
+        raise ExportError(f"{options.out}: exists already; expected the name of a file or folder to make")
     with Checkpoint.open(options.source, config=options.config, tokenizer=options.tokenizer) as checkpoint:
         config = TextConfig.read(checkpoint)
         check(policy, config)
@@ -120,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         ],
         "0; 2 on bad input, or where the format cannot hold the policy: nothing is written.",
     )
-    parser.add_argument("source", help="a .safetensors file, a folder, or a hub id in the local cache")
+    command_line.add_checkpoint(parser, "config", "tokenizer")
     parser.add_argument("--policy", required=True, metavar="NAME|STRING|@FILE", help="what each tensor is stored in")
     parser.add_argument(
         "--format",
@@ -129,7 +132,9 @@ def _parser() -> argparse.ArgumentParser:
         help="gguf: one file, for llama.cpp; compressed-tensors: a folder for vLLM and transformers, int4 and int8; "
         "gemma: a folder for transformers, int2, int4 and int8 with a scale for each row",
     )
-    parser.add_argument("out", type=user_path, metavar="OUT", help="the file or folder to write")
+    parser.add_argument(
+        "out", type=user_path, metavar="OUT", help="the file or folder to make; nothing may have its name yet"
+    )
     parser.add_argument(
         "--hessians",
         type=user_path,
@@ -137,8 +142,6 @@ def _parser() -> argparse.ArgumentParser:
         help="Hessians of the checkpoint, for +gptq and +imatrix; for +imatrix alone a run's prices too",
     )
     parser.add_argument("--nearest", action="store_true", help="take the nearest spec for those that the format lacks")
-    parser.add_argument("--config", metavar="FILE", help="config.json, where it is not beside the checkpoint")
-    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json, where it is not beside the checkpoint")
     return parser
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from epic_quant.checkpoint import DTYPES, Checkpoint
-from epic_quant.errors import ExportError
 from epic_quant.export.output import progress, raw
 from epic_quant.files import atomic, safetensors_writer, tensor_nbytes
 from epic_quant.gemma4.tensors import TextTensor, text_tensors
@@ -68,10 +67,8 @@ class FolderFormat(ABC):
     def write(self, checkpoint: Checkpoint, weights: PolicyWeights, policy: PolicySpec, out: Path) -> None:
         """Write the folder `out`, whole or not at all: unused tensors are left out, and what is no text is copied.
 
-        Raises ExportError where it exists, and OSError.
+        Raises OSError.
         """
-        if out.exists():
-            raise ExportError(f"{out}: exists already; expected the name of a folder to make")
         names = {file_name: name for name, file_name in text_tensors(checkpoint, weights.config).items()}
         tensors = {file_name: weights.tensors.get(names.get(file_name, "")) for file_name in checkpoint.names}
         tensors = {file_name: tensor for file_name, tensor in tensors.items() if tensor is None or not tensor.unused}

@@ -1,7 +1,4 @@
-"""GGUF, the file of llama.cpp and what builds on it: metadata, tokenizer and tensors of the architecture `gemma4`.
-
-The keys are those that llama.cpp's converter writes (conversion/gemma.py) and its loader reads (src/models/gemma4.cpp).
-"""
+"""GGUF, the file of llama.cpp and what builds on it: metadata, tokenizer and tensors of the architecture `gemma4`."""
 
 from __future__ import annotations
 
@@ -15,11 +12,12 @@ import torch
 from torch import Tensor
 
 from epic_quant.checkpoint import Checkpoint
-from epic_quant.errors import ExportError
+from epic_quant.errors import ExportError, TokenError
 from epic_quant.export.gguf_tokenizer import add_tokenizer
 from epic_quant.export.output import progress, raw
 from epic_quant.files import atomic
 from epic_quant.gemma4.config import SLIDING, TextConfig
+from epic_quant.gemma4.gguf_metadata import ROPE_FACTORS, metadata, rope_factors
 from epic_quant.gemma4.gguf_names import ARCHITECTURE, gguf_name
 from epic_quant.gemma4.tensors import TextTensor
 from epic_quant.policy import PolicyWeights
@@ -27,13 +25,10 @@ from epic_quant.quant.ggml import as_blocks
 from epic_quant.spec import BF16, FORMATS, PolicySpec, WeightSpec
 
 if TYPE_CHECKING:
-    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf import GGMLQuantizationType
 
 _PLAIN = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _TYPES = tuple(WeightSpec(name) for name, info in FORMATS.items() if info.block_nbytes)
-
-# What a frequency is divided by where a pair of dims does not rotate: llama.cpp's converter has the same number.
-_NO_ROTATION = 1e30
 
 
 def candidates(tensor: TextTensor, spec: WeightSpec) -> Sequence[WeightSpec]:
@@ -49,28 +44,28 @@ def write(checkpoint: Checkpoint, weights: PolicyWeights, policy: PolicySpec, ou
     ExportError where llama.cpp's graph is not the model's, TokenError where the tokenizer does not fit, and OSError.
     """
     try:
-        from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter
+        from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFValueType, GGUFWriter
     except ImportError as error:
         raise ExportError("GGUF needs the extra gguf: pip install 'epic-quant[gguf]'") from error
     logging.getLogger("gguf").setLevel(logging.ERROR)  # It warns of tokenizers that are as they should be.
-    if out.is_dir():
-        raise ExportError(f"{out}: is a folder; expected the name of a file")
-    if out.exists() and any(out.samefile(checkpoint.location(name).path) for name in checkpoint.names):
-        raise ExportError(f"{out}: is the checkpoint itself; expected the name of another file")
     config = weights.config
     _check(config)
     with atomic(out) as unfinished:
         writer = GGUFWriter(unfinished, ARCHITECTURE)
         writer.add_type("model")
-        writer.add_name(Path(checkpoint.source).name)
+        writer.add_name(Path(checkpoint.source).resolve().name)
         writer.add_quantization_version(GGML_QUANT_VERSION)
         writer.add_string("epic_quant.policy", str(policy))
-        _add_model(writer, config)
+        kinds = {int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32, list: GGUFValueType.ARRAY}
+        for key, value in metadata(config).items():
+            writer.add_key_value(f"{ARCHITECTURE}.{key}", value, kinds[type(value)])
         add_tokenizer(writer, checkpoint, config)
 
         used = [tensor for tensor in weights.tensors.values() if not tensor.unused]
         types = GGMLQuantizationType
-        entries = [_rope_factors(config, types), *(_entry(weights, tensor, types) for tensor in used)]
+        factors = torch.tensor(rope_factors(config))
+        rope = _Entry(ROPE_FACTORS, factors.shape, types.F32, factors.nbytes, [factors])
+        entries = [rope, *(_entry(weights, tensor, types) for tensor in used)]
         for entry in entries:
             # The dtype says only that the shape is in weights and not in bytes.
             writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), entry.nbytes, entry.kind)
@@ -88,6 +83,9 @@ def write(checkpoint: Checkpoint, weights: PolicyWeights, policy: PolicySpec, ou
                         write_piece(raw(piece))
                     assert file.tell() == end, f"{entry.name} is not of the size that the header gives"
                 writer.write_padding(file, file.tell())
+        except UnicodeEncodeError as error:
+            where = checkpoint.tokenizer_path
+            raise TokenError(f"{where}: a text in it, or in what is beside it, has half a surrogate pair") from error
         finally:
             writer.close()
 
@@ -140,42 +138,3 @@ def _check(config: TextConfig) -> None:
             raise ExportError(
                 "llama.cpp rotates all dims of sliding layers, by unscaled frequencies; here is other RoPE"
             )
-
-
-def _rope_factors(config: TextConfig, types: type[GGMLQuantizationType]) -> _Entry:
-    """What llama.cpp divides the frequencies of full layers by, fp32 [head_dim / 2]: so it makes p-RoPE."""
-    attention = config.layers[-1].attention  # a full layer
-    factors = torch.full((attention.head_dim // 2,), _NO_ROTATION)
-    factors[: attention.rope.rotated_pairs] = attention.rope.factor
-    return _Entry("rope_freqs.weight", factors.shape, types.F32, factors.nbytes, [factors])
-
-
-def _add_model(writer: GGUFWriter, config: TextConfig) -> None:
-    full = config.layers[-1].attention
-    sliding = next((layer.attention for layer in config.layers if layer.layer_type == SLIDING), full)
-    writer.add_block_count(config.num_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(_each([layer.mlp.intermediate_size for layer in config.layers]))
-    writer.add_head_count(_each([layer.attention.num_heads for layer in config.layers]))
-    writer.add_head_count_kv(_each([layer.attention.num_kv_heads for layer in config.layers]))
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if config.final_logit_softcapping is not None:
-        writer.add_final_logit_softcapping(config.final_logit_softcapping)
-    writer.add_embedding_length_per_layer_input(config.ple_dim)
-    writer.add_shared_kv_layers(sum(not layer.is_kv_source for layer in config.layers))
-    writer.add_sliding_window(sliding.sliding_window or config.max_position_embeddings)
-    writer.add_sliding_window_pattern([layer.layer_type == SLIDING for layer in config.layers])
-    writer.add_key_length(full.head_dim)
-    writer.add_value_length(full.head_dim)
-    writer.add_rope_dimension_count(full.head_dim)
-    writer.add_rope_freq_base(full.rope.theta)
-    writer.add_key_length_swa(sliding.head_dim)
-    writer.add_value_length_swa(sliding.head_dim)
-    writer.add_rope_dimension_count_swa(sliding.head_dim)
-    writer.add_rope_freq_base_swa(sliding.rope.theta)
-
-
-def _each(values: list[int]) -> int | list[int]:
-    """One value where all layers have the same."""
-    return values[0] if len(set(values)) == 1 else values

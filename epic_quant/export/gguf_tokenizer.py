@@ -38,7 +38,7 @@ def add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint, config: TextConfig
     content = json.loads(read_text(path))
     kind = content["model"]
     spaced = tokenizer.normalizer.normalize_str("a b") if tokenizer.normalizer else ""
-    if kind["type"] != "BPE" or not (kind["merges"] and kind["byte_fallback"]) or spaced != "a▁b":
+    if kind.get("type") != "BPE" or not (kind.get("merges") and kind.get("byte_fallback")) or spaced != "a▁b":
         raise TokenError(f"{path}: not of Gemma's kind, which llama.cpp reads: merges, spaces as ▁, bytes as tokens")
     if path.name != "tokenizer.json":
         raise TokenError(f"{path}: expected the name tokenizer.json, since what is beside it belongs to it")

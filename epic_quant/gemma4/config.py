@@ -76,22 +76,25 @@ class TextConfig:
         return len(self.layers)
 
     @classmethod
-    def read(cls, checkpoint: Checkpoint) -> TextConfig:
+    def read(cls, checkpoint: Checkpoint, *, quantized: bool = False) -> TextConfig:
         """The config of a checkpoint. Raises ConfigError, naming the checkpoint, as `from_json` does."""
         config = checkpoint.config_json
         try:
-            return cls.from_json(config)
+            return cls.from_json(config, quantized=quantized)
         except ConfigError as error:
             raise ConfigError(f"{checkpoint.source}: {error}") from error
 
     @classmethod
-    def from_json(cls, config: Mapping[str, Any]) -> TextConfig:
+    def from_json(cls, config: Mapping[str, Any], *, quantized: bool = False) -> TextConfig:
         """Read a `config.json`, of the multimodal or the text-only class, in its published or its current form.
 
-        A field that is absent has `transformers`' default. Raises ConfigError, one line, where it is not Gemma 4, a
+        A field that is absent has `transformers`' default. What says that the weights are quantized is refused, unless
+        they may be. Raises ConfigError, one line, where it is not Gemma 4, a
         field is not what it must be, or an unsupported feature is needed.
         """
         text = _Fields({**_DEFAULTS, **_text_part(config)})
+        if not quantized:
+            _reject_quantized(config, text)
         _reject_unsupported(config, text)
         ple_dim = text.integer("hidden_size_per_layer_input", least=0)
         return cls(
@@ -209,12 +212,16 @@ def _text_part(config: Mapping[str, Any]) -> Any:
     return config
 
 
-def _reject_unsupported(config: Mapping[str, Any], text: _Fields) -> None:
-    """Raise ConfigError where the model has an unsupported feature."""
+def _reject_quantized(config: Mapping[str, Any], text: _Fields) -> None:
+    """Raise ConfigError where the config is a quantized checkpoint's."""
     for field in ("quantization_config", "quantization", "compression_config"):
         if method := config.get(field) or text[field]:
             name = method.get("quant_method", method) if isinstance(method, Mapping) else method
             raise ConfigError(f"{field} says that the weights are quantized ({name}); expected the plain checkpoint")
+
+
+def _reject_unsupported(config: Mapping[str, Any], text: _Fields) -> None:
+    """Raise ConfigError where the model has an unsupported feature."""
     if text.flag("enable_moe_block"):
         raise ConfigError("enable_moe_block is true: Gemma 4's mixture-of-experts models are not supported")
     if text.flag("attention_k_eq_v"):

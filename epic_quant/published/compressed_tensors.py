@@ -7,7 +7,7 @@ Older releases begin a code that does not fit into an int32 in the next one, new
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import CheckpointError, unknown
-from epic_quant.published.folder import Module, as_bytes, modules
+from epic_quant.published.folder import Module, as_bytes, published
 from epic_quant.published.matrix import PublishedMatrix
 from epic_quant.published.source import PublishedFile, StoredTensor
 from epic_quant.quant.bitpack import BitPacking
@@ -26,6 +26,11 @@ METHOD = "compressed-tensors"
 
 _FORMATS = ("dense", "float-quantized", "int-quantized", "mixed-precision", "naive-quantized", "pack-quantized")
 _COMMON = ("weight_scale", "weight_zero_point", "weight_g_idx")
+# What codes cannot be decoded without, by the values of an option that say so.
+_NEEDED: Mapping[str, tuple[str, tuple[Any, ...]]] = {
+    "weight_zero_point": ("symmetric", (False,)),
+    "weight_g_idx": ("actorder", ("group", "dynamic")),
+}
 # Scales of activations, K and V, which belong to no weight.
 _ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "k_scale", "v_scale", "q_scale")
 
@@ -42,35 +47,47 @@ def read(checkpoint: Checkpoint, quantization: Mapping[str, Any]) -> PublishedFi
         if quantization.get(key):
             raise CheckpointError(f"{checkpoint.source}: {key} is unknown here; expected plain quantized weights")
     schemes = [scheme for group in groups.values() if isinstance(scheme := group.get("weights"), Mapping)]
-    widths: set[Any] = {scheme.get("num_bits") for scheme in schemes}
+    widths: list[Any] = [scheme.get("num_bits") for scheme in schemes]
     if not widths or not all(isinstance(bits, int) and 2 <= bits <= 8 for bits in widths):
         raise CheckpointError(f"{checkpoint.source}: num_bits in its config are {widths}; expected 2 to 8")
-    found, others = modules(checkpoint)
+    blocks = {_block_of(checkpoint, scheme) for scheme in schemes if scheme.get("strategy") == "block"}
+    needed = [part for part, (key, values) in _NEEDED.items() if all(scheme.get(key) in values for scheme in schemes)]
     notes = []
     if any(group.get("input_activations") for group in groups.values()):
         notes.append("engines quantize its activations too, which is not measured here")
     if quantization.get("kv_cache_scheme"):
         notes.append("engines quantize K and V too, which is not measured here unless kv=… says so")
-    return PublishedFile(
-        source=checkpoint.source,
-        kind=METHOD,
-        tensors={name: _stored(module, widths) for name, module in found.items()},
-        others=others,
-        fingerprint=checkpoint.fingerprint,
-        notes=tuple(notes),
-    )
+    return published(checkpoint, METHOD, lambda module: _stored(module, {*widths}, blocks, needed), notes)
 
 
-def _stored(module: Module, widths: set[int]) -> StoredTensor:
+def _block_of(checkpoint: Checkpoint, scheme: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns that share a scale."""
+    match scheme.get("block_structure"):
+        case [int(rows), int(cols)] if rows > 0 and cols > 0:
+            return rows, cols
+        case other:
+            raise CheckpointError(f"{checkpoint.source}: block_structure is {other!r}; expected [rows, columns]")
+
+
+def _stored(module: Module, widths: set[int], blocks: set[tuple[int, int]], needed: Iterable[str]) -> StoredTensor:
+    if "weight_packed" not in module and "weight_scale" not in module:
+        return module.plain()
+    for part in needed:
+        module.shape(part)  # raises where it is missing
     if "weight_packed" in module:
         return _packed(module, widths)
-    if "weight_scale" not in module:
-        return module.plain()
     module.refuse_others(("weight", *_COMMON, *_ACTIVATIONS))
     dtype = module.dtype("weight")
     if dtype not in (torch.int8, torch.float8_e4m3fn) or len(module.shape("weight")) != 2:
         raise module.fault(f"expected a weight of int8 or float8_e4m3fn, found {dtype}")
     rows, cols = module.shape("weight")
+    fitting = [block for block in blocks if module.scales("weight_scale") == _num_blocks((rows, cols), block)]
+    if fitting and dtype is torch.float8_e4m3fn:
+        if len(fitting) > 1:
+            raise module.fault(f"weight_scale fits more than one block_structure of the config: {fitting}")
+        module.refuse_others(("weight", "weight_scale", *_ACTIVATIONS))
+        spec = WeightSpec("ct_float8_block", fitting[0][1])
+        return StoredTensor((rows, cols), module.nbytes, spec, partial(_block_codes, module, spec, fitting[0]))
     asymmetric = "weight_zero_point" in module
     if asymmetric and module.shape("weight_zero_point") != module.shape("weight_scale"):
         raise module.fault(f"weight_zero_point is {list(module.shape('weight_zero_point'))}, which does not fit")
@@ -81,8 +98,9 @@ def _stored(module: Module, widths: set[int]) -> StoredTensor:
 
 def _packed(module: Module, widths: set[int]) -> StoredTensor:
     module.refuse_others(("weight_packed", "weight_shape", *_COMMON, *_ACTIVATIONS))
-    if module.dtype("weight_packed") is not torch.int32 or module.shape("weight_shape") != (2,):
-        raise module.fault("expected weight_packed of int32 and weight_shape of 2 numbers")
+    is_shape = module.shape("weight_shape") == (2,) and module.dtype("weight_shape") in (torch.int32, torch.int64)
+    if module.dtype("weight_packed") is not torch.int32 or not is_shape:
+        raise module.fault("expected weight_packed of int32 and weight_shape of 2 integers")
     rows, cols = (int(size) for size in module.tensor("weight_shape"))
     fitting = [bits for bits in widths if module.shape("weight_packed") in [(rows, n) for n in _words(cols, bits)]]
     if len(fitting) != 1:
@@ -108,7 +126,7 @@ def _words(count: int, bits: int) -> tuple[int, int]:
 
 def _group(module: Module, rows: int, cols: int) -> int | None:
     """Weights that share a scale; None where a row, or the matrix, has one. Raises where scales do not fit."""
-    shape = module.shape("weight_scale")
+    shape = module.scales("weight_scale")
     if math.prod(shape) == 1 or shape in ((rows,), (rows, 1)):
         return None
     if len(shape) == 2 and shape[0] == rows and shape[1] and cols % shape[1] == 0:
@@ -127,6 +145,18 @@ def _plain_codes(module: Module, spec: WeightSpec, cols: int) -> PublishedMatrix
     if "weight_zero_point" in module:
         stored["zero_point"] = _by_row(module.tensor("weight_zero_point"), len(weight))
     return PublishedMatrix(stored, cols, spec, partial(_decode, partial(_viewed, weight.dtype), _columns(module, cols)))
+
+
+def _num_blocks(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
+    """The last ones in a row or column may be smaller."""
+    return math.ceil(shape[0] / block[0]), math.ceil(shape[1] / block[1])
+
+
+def _block_codes(module: Module, spec: WeightSpec, block: tuple[int, int]) -> PublishedMatrix:
+    weight = module.tensor("weight")
+    row_block, col_block = (torch.arange(size) // width for size, width in zip(weight.shape, block, strict=True))
+    stored = {"codes": as_bytes(weight), "scale": module.tensor("weight_scale")[row_block]}
+    return PublishedMatrix(stored, len(col_block), spec, partial(_decode, partial(_viewed, weight.dtype), col_block))
 
 
 def _packed_codes(module: Module, spec: WeightSpec, shape: tuple[int, int], bits: int) -> PublishedMatrix:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,14 +11,18 @@ from torch import Tensor
 
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import CheckpointError
+from epic_quant.gemma4.config import TextConfig
+from epic_quant.gemma4.gguf_metadata import metadata
 from epic_quant.gemma4.tensors import without_prefix
-from epic_quant.published.source import StoredTensor, one_to_one
+from epic_quant.published.source import PublishedFile, StoredTensor, one_to_one
 from epic_quant.spec import WeightSpec
 
 _TEXT = re.compile(
     r"(layers\.\d+\..+|embed_tokens|embed_tokens_per_layer|per_layer_model_projection|per_layer_projection_norm|norm)"
     r"\.([^.]+)"
 )
+# Scales of Q, K and V, which no module of their own has.
+_KV_SCALE = re.compile(r"layers\.\d+\.self_attn\.[qkv]_scale")
 _SCALAR = re.compile(r"(layers\.\d+)\.layer_scalar")
 _PLAIN = {torch.bfloat16: WeightSpec("bf16"), torch.float16: WeightSpec("f16"), torch.float32: WeightSpec("f32")}
 
@@ -37,6 +41,12 @@ class Module:
     def shape(self, part: str) -> tuple[int, ...]:
         """The shape of a part."""
         return self.checkpoint.shape(self._name(part))
+
+    def scales(self, part: str) -> tuple[int, ...]:
+        """The shape of a part of floats; others are exponents, or codes themselves."""
+        if self.dtype(part) not in _PLAIN:
+            raise self.fault(f"{part} is {self.dtype(part)}; expected floats of 16 or 32 bits")
+        return self.shape(part)
 
     def dtype(self, part: str) -> torch.dtype:
         """The dtype of a part."""
@@ -81,11 +91,27 @@ def modules(checkpoint: Checkpoint) -> tuple[dict[str, Module], tuple[str, ...]]
     for name, file_name in files.items():
         if _SCALAR.fullmatch(name):
             parts[name] = {"weight": file_name}
-        elif match := _TEXT.fullmatch(name):
+        elif (match := _TEXT.fullmatch(name)) and not _KV_SCALE.fullmatch(name):
             parts.setdefault(f"{match[1]}.weight", {})[match[2]] = file_name
         else:
             others.append(file_name)
     return {name: Module(checkpoint, name, found) for name, found in parts.items()}, tuple(sorted(others))
+
+
+def published(
+    checkpoint: Checkpoint, kind: str, stored: Callable[[Module], StoredTensor], notes: Iterable[str] = ()
+) -> PublishedFile:
+    """A folder whose modules are each `stored` so. Raises ConfigError where its config is not Gemma 4's."""
+    found, others = modules(checkpoint)
+    return PublishedFile(
+        source=checkpoint.source,
+        kind=kind,
+        files=tuple({checkpoint.location(name).path for name in checkpoint.names}),
+        tensors={name: stored(module) for name, module in found.items()},
+        others=others,
+        metadata=metadata(TextConfig.read(checkpoint, quantized=True)),
+        notes=tuple(notes),
+    )
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from epic_quant.checkpoint import Checkpoint
-from epic_quant.published.folder import Module, as_bytes, modules
+from epic_quant.published.folder import Module, as_bytes, modules, published
 from epic_quant.published.matrix import PublishedMatrix
 from epic_quant.published.source import PublishedFile, StoredTensor
 from epic_quant.quant.bitpack import BitPacking
@@ -29,16 +29,10 @@ _LINEAR, _EMBEDDING = ("weight", "weight_scale"), ("embedding_quantized", "embed
 
 def read(checkpoint: Checkpoint, quantization: Mapping[str, Any]) -> PublishedFile:
     """The text tensors of a folder whose config says so. Raises CheckpointError where they do not fit it."""
-    found, others = modules(checkpoint)
+    found, _ = modules(checkpoint)
     rounds = any(bool(one.tensor(part).any()) for one in found.values() for part in _ACTIVATIONS if part in one)
-    return PublishedFile(
-        source=checkpoint.source,
-        kind=METHOD,
-        tensors={name: _stored(module, quantization) for name, module in found.items()},
-        others=others,
-        fingerprint=checkpoint.fingerprint,
-        notes=("engines round its activations to 8 bits, which is not measured here",) if rounds else (),
-    )
+    notes = ["engines round its activations to 8 bits, which is not measured here"] if rounds else []
+    return published(checkpoint, METHOD, lambda module: _stored(module, quantization), notes)
 
 
 def _stored(module: Module, quantization: Mapping[str, Any]) -> StoredTensor:
@@ -57,7 +51,7 @@ def _stored(module: Module, quantization: Mapping[str, Any]) -> StoredTensor:
         raise module.fault(f"{codes} is {found}, by the config of {bits} bits; expected 2, 4 or 8")
     rows, nbytes = module.shape(codes)
     cols = nbytes * 8 // bits
-    scales = module.shape(scale)
+    scales = module.scales(scale)
     if len(scales) != 2 or scales[0] != rows or not scales[1] or cols % scales[1]:
         raise module.fault(f"{scale} is {list(scales)}, which does not fit a matrix {[rows, cols]}")
     spec = WeightSpec(f"gemma_int{bits}", None if scales[1] == 1 else cols // scales[1])

@@ -6,12 +6,12 @@ reader, which makes objects of every one of a tokenizer's tokens and merges, and
 
 from __future__ import annotations
 
-import hashlib
 import math
 import mmap
 import re
 import struct
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from epic_quant.errors import CheckpointError, unknown
+from epic_quant.gemma4.gguf_metadata import ROPE_FACTORS
 from epic_quant.gemma4.gguf_names import ARCHITECTURE, canonical_name
 from epic_quant.published.matrix import PublishedMatrix
 from epic_quant.published.source import PublishedFile, StoredTensor, one_to_one
@@ -35,7 +36,8 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 # The format's own limit.
 _MOST_DIMS = 4
-_SAMPLE_NBYTES = 64
+# More than any model has: longer arrays are a tokenizer's.
+_MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,31 @@ def read(path: Path) -> PublishedFile:
     if strange := [name for name in places if name.startswith("blk.") and name not in names.values()]:
         raise CheckpointError(f"{path}: {strange[0]} is no tensor of a dense Gemma 4 layer")
     types = _type_names()
+    stored = {name: _stored(path, name, places[name], types) for name in names.values()}
+    for header in headers:
+        _check_apart(header, stored)
+    metadata = {key.removeprefix(f"{ARCHITECTURE}."): value for key, value in headers[0].metadata.items()}
+    if (rope := places.get(ROPE_FACTORS)) is not None and len(rope.shape) == 1 and rope.shape[0]:
+        factors = _stored(path, ROPE_FACTORS, rope, types).read()
+        assert isinstance(factors, Tensor)
+        metadata[ROPE_FACTORS] = factors.tolist()
     return PublishedFile(
         source=str(path),
         kind="GGUF",
-        tensors={canonical: _stored(path, name, places[name], types) for canonical, name in names.items()},
-        others=tuple(sorted(places.keys() - set(names.values()))),
-        fingerprint=_fingerprint(places),
+        files=tuple(header.path for header in headers),
+        tensors={canonical: stored[name] for canonical, name in names.items()},
+        others=tuple(sorted(places.keys() - {*names.values(), ROPE_FACTORS})),
+        metadata=metadata,
     )
+
+
+def _check_apart(header: _Header, stored: Mapping[str, StoredTensor]) -> None:
+    """Raise CheckpointError where a tensor begins before the end of another one."""
+    end, before = 0, ""
+    for name, place in sorted(header.places.items(), key=lambda item: item[1].offset):
+        if place.offset < end:
+            raise CheckpointError(f"{header.path}: {name} begins in {before}, before byte {end:,}")
+        end, before = place.offset + (stored[name].nbytes if name in stored else 0), name
 
 
 def _type_names() -> dict[int, str]:
@@ -152,7 +172,7 @@ class _Cursor:
         self.skip(self.number("Q"))
 
     def value(self, kind: int) -> Any:
-        """A value of the metadata; None for arrays, which nothing here reads."""
+        """A value of the metadata; None for strings in arrays and what has more values than a model has layers."""
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
@@ -161,7 +181,10 @@ class _Cursor:
             return self.number(_SCALARS[kind])
         item, count = self.number("I"), self.number("Q")
         if item in _SCALARS:
+            begin = self.at
             self.skip(count * struct.calcsize(_SCALARS[item]))
+            if count <= _MOST_LAYERS:
+                return list(struct.unpack_from(f"<{count}{_SCALARS[item]}", self.data, begin))
         elif item == _STRING:
             for _ in range(count):
                 self.skip_string()
@@ -240,12 +263,3 @@ def _decode(type_name: str, stored: dict[str, Tensor]) -> Tensor:
     from gguf import GGMLQuantizationType, dequantize
 
     return torch.from_numpy(dequantize(stored["blocks"].numpy(), GGMLQuantizationType[type_name]))
-
-
-def _fingerprint(places: dict[str, _Place]) -> str:
-    """A SHA-256 over names, shapes and types, and the first bytes of each tensor."""
-    digest = hashlib.sha256()
-    for name, place in sorted(places.items()):
-        digest.update(repr((name, place.shape, place.type_id)).encode())
-        digest.update(place.data[place.offset : place.offset + _SAMPLE_NBYTES])
-    return digest.hexdigest()[:16]

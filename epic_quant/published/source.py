@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from epic_quant.errors import CheckpointError, ConfigError
 from epic_quant.gemma4.config import TextConfig
+from epic_quant.gemma4.gguf_metadata import ROPE_FACTORS, metadata, rope_factors
 from epic_quant.gemma4.tensors import TextTensor, expected_tensors
 from epic_quant.gemma4.weights import Weights
 from epic_quant.quant import Weight
@@ -19,6 +25,8 @@ from epic_quant.spec import Target, WeightSpec
 
 # Of a value: what one that was rounded to bf16 differs by at most.
 _ROUNDING = 2.0**-8
+# The same of one that was rounded to fp32.
+_FLOAT32 = 2.0**-23
 _LARGEST = torch.finfo(torch.float32).max
 # Weights that are decoded at a time to be checked: 1 MB in fp32 stays in a core's cache.
 _PIECE = 2**18
@@ -38,16 +46,32 @@ class StoredTensor:
 class PublishedFile:
     """The text tensors of a published file by canonical name, from its headers alone.
 
-    `others` are the names of what is not text, as vision towers; `fingerprint` tells it from other files. `notes` are
-    lines for people: what engines do with it beside its weights.
+    `others` are the names of what is not text, as vision towers; `metadata` is what it states of the model, by the
+    keys of `gguf_metadata`. `notes` are lines for people: what engines do with it beside its weights.
     """
 
     source: str
     kind: str
+    files: tuple[Path, ...]
     tensors: Mapping[str, StoredTensor]
     others: tuple[str, ...]
-    fingerprint: str
+    metadata: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of a SHA-256 over every byte of its files, whatever their names: some seconds for E4B.
+
+        Raises CheckpointError where they cannot be read.
+        """
+        digests = []
+        for path in self.files:
+            try:
+                with path.open("rb") as file:
+                    digests.append(hashlib.file_digest(file, "sha256").digest())
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+        return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:16]
 
     def check(self, config: TextConfig) -> None:
         """Raise ConfigError where a tensor has another shape than a model of this config, CheckpointError where none.
@@ -128,8 +152,16 @@ def decoded(weight: Weight, ids: Tensor) -> Tensor:
 
 
 def differences(published: PublishedWeights, reference: Weights) -> list[str]:
-    """Lines for people: norms and scalars that differ by more than rounding, and tensors that only one of them has."""
+    """Lines for people: norms and scalars that differ by more than rounding, and tensors that only one of them has.
+
+    And first what it states of the model that is otherwise in the reference's config.
+    """
     lines = []
+    if stated := list(_stated_otherwise(published.file.metadata, reference.config)):
+        lines.append(
+            f"it states another model than the checkpoint's config ({'; '.join(stated)}): engines compute by what it "
+            "states, and its divergence is measured by the config"
+        )
     vectors = [tensor for tensor in published.tensors.values() if tensor.tensor_class is None]
     if other := [tensor.name for tensor in vectors if not tensor.unused and _differs(tensor, published, reference)]:
         lines.append(
@@ -141,6 +173,23 @@ def differences(published: PublishedWeights, reference: Weights) -> list[str]:
     if others := published.file.others:
         lines.append(f"{len(others)} tensors in it are not the text model's ({_listed(others)})")
     return [*lines, *published.file.notes]
+
+
+def _stated_otherwise(stated: Mapping[str, Any], config: TextConfig) -> Iterator[str]:
+    """What metadata says otherwise than a config; one number stands for that of every layer."""
+    for key, ours in {**metadata(config), ROPE_FACTORS: rope_factors(config)}.items():
+        if (theirs := stated.get(key)) is None:
+            continue
+        found, expected = (
+            value if isinstance(value, list) else [value] * config.num_layers for value in (theirs, ours)
+        )
+        if len(found) != len(expected):
+            yield f"{key} of {len(found)} values, not {len(expected)}"
+            continue
+        for index, (one, other) in enumerate(zip(found, expected, strict=True)):
+            if not (isinstance(one, int | float) and math.isclose(one, other, rel_tol=_FLOAT32)):
+                yield f"{key}{f'[{index}]' if isinstance(theirs, list) else ''} {one}, not {other}"
+                break
 
 
 def _differs(tensor: TextTensor, published: Weights, reference: Weights) -> bool:

@@ -83,7 +83,7 @@ _PUBLISHED_ROWS = (
     *(FormatInfo(name, "ggml", *row[:1], 0, *row[1:], is_published=True) for name, row in _GGML_PUBLISHED.items()),
     *(FormatInfo(f"ct_int{bits}", "compressed-tensors", 1 << bits, is_published=True) for bits in range(2, 9)),
     *(FormatInfo(f"ct_uint{bits}", "compressed-tensors", 1 << bits, 2, is_published=True) for bits in range(2, 9)),
-    FormatInfo("ct_float8", "compressed-tensors", 256, is_published=True),
+    *(FormatInfo(name, "compressed-tensors", 256, is_published=True) for name in ("ct_float8", "ct_float8_block")),
     *(FormatInfo(f"gemma_int{bits}", "gemma", 1 << bits, is_published=True) for bits in (2, 4, 8)),
     *(FormatInfo(f"mlx{bits}", "MLX", 1 << bits, 2, is_published=True) for bits in (2, 3, 4, 5, 6, 8)),
 )

@@ -126,6 +126,15 @@ def test_rows_without_a_token_are_unused_ones(tokenizer, export):
     assert fields["tokenizer.ggml.token_type"].contents()[-2:] == [gguf.TokenType.NORMAL, gguf.TokenType.UNUSED]
 
 
+def test_a_template_that_is_no_unicode_is_refused_in_one_line(tokenizer, tmp_path, capsys):
+    place = tokenizer(lambda content: None)
+    place.with_name("tokenizer_config.json").write_text('{"chat_template": "\\ud800"}', encoding="utf-8")
+    arguments = ["--policy", "bf16", "--format", "gguf", str(tmp_path / "out"), "--tokenizer", str(place)]
+    assert main([str(MINI), *arguments]) == 2
+    assert "tokenizer.json: a text in it, or in what is beside it, has half a surrogate" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def more(content):
     content["added_tokens"].append(content["added_tokens"][0] | {"id": 2048, "content": "more"})
 
@@ -134,6 +143,8 @@ CHANGES = {
     "more": (more, "'more' is token 2048, but the model has 2048"),
     "no merges": (lambda content: content["model"].update(merges=[]), "not of Gemma's kind, which llama.cpp reads"),
     "no bytes": (lambda content: content["model"].update(byte_fallback=False), "not of Gemma's kind"),
+    "no type": (lambda content: content["model"].pop("type"), "not of Gemma's kind"),
+    "bytes not named": (lambda content: content["model"].pop("byte_fallback"), "not of Gemma's kind"),
     "spaces": (lambda content: content.update(normalizer=None), "not of Gemma's kind"),
 }
 

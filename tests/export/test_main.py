@@ -61,17 +61,12 @@ def mini_with_nan(tmp_path_factory):
 
 
 @pytest.mark.parametrize("file_format", _FORMATS)
-def test_a_failure_midway_leaves_what_was_there(file_format, mini_with_nan, tmp_path, capsys):
-    out = tmp_path / "out"
-    if file_format == "gguf":
-        out.write_bytes(b"before")
+def test_a_failure_midway_leaves_nothing(file_format, mini_with_nan, tmp_path, capsys):
     policy = {"gguf": "mlp=q4_0"}.get(file_format, "mlp=int8")
-    before = list(tmp_path.iterdir())
-    assert main([str(mini_with_nan), "--policy", policy, "--format", file_format, str(out)]) == 2
+    assert main([str(mini_with_nan), "--policy", policy, "--format", file_format, str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == "error: layers.1.mlp.up_proj.weight[0:512]: NaN or infinity in row 3"
-    assert list(tmp_path.iterdir()) == before
-    assert not out.exists() or out.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -91,8 +86,6 @@ def test_what_llama_cpp_computes_otherwise_is_refused(name, message, toy, tmp_pa
 @pytest.mark.parametrize(
     ("file_format", "place", "message"),
     [
-        ("gemma", "", "exists already"),
-        ("gguf", "", "is a folder; expected the name of a file"),
         ("gguf", "none/out", "cannot be written: No such file or directory"),
         ("gemma", "none/out", "cannot be written: No such file or directory"),
     ],
@@ -136,12 +129,20 @@ def test_the_nearest_can_be_held_and_is_held_as_it_is(e4b, file_format, spec):
             held(policy, e4b, file_format, candidates, take_nearest=False)
 
 
-def test_the_checkpoint_is_not_overwritten(tmp_path, capsys):
-    source = shutil.copytree(MINI, tmp_path / "model") / "model.safetensors"
-    before = source.read_bytes()
-    assert main([str(source), "--policy", "mlp=q4_k", "--format", "gguf", str(source)]) == 2
-    assert "is the checkpoint itself" in capsys.readouterr().err
-    assert source.read_bytes() == before
+@pytest.mark.parametrize("file_format", _FORMATS)
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "other.gguf", "", "dangling"])
+def test_nothing_that_exists_is_replaced(name, file_format, tmp_path, capsys):
+    folder = shutil.copytree(MINI, tmp_path / "model")
+    (folder / "other.gguf").write_bytes(b"GGUF")
+    (folder / "dangling").symlink_to("nowhere")
+    before = {path.name: path.exists() and path.read_bytes() for path in folder.iterdir() if not path.is_dir()}
+    assert main([str(folder), "--policy", "bf16", "--format", file_format, str(folder / name)]) == 2
+    assert (
+        capsys.readouterr().err
+        == f"error: {folder / name}: exists already; expected the name of a file or folder to make\n"
+    )
+    assert {path.name: path.exists() and path.read_bytes() for path in folder.iterdir() if not path.is_dir()} == before
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 @pytest.mark.parametrize("file_format", _FORMATS)

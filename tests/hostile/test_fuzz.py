@@ -7,6 +7,7 @@ import io
 import json
 import random
 import shutil
+import struct
 import sys
 import time
 import traceback
@@ -14,17 +15,28 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, quantize
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from epic_quant import inspection, predict
 from epic_quant.calibration import Hessians, gather
 from epic_quant.checkpoint import Checkpoint
 from epic_quant.errors import EpicQuantError
+from epic_quant.export.__main__ import main as export
+from epic_quant.gemma4.gguf_names import gguf_name
+from epic_quant.gemma4.weights import CheckpointWeights, Weights
 from epic_quant.ple.traces import load_ids
+from epic_quant.plugin.run import SMALL_MODEL
+from epic_quant.published import PublishedWeights, open_published
+from epic_quant.published.source import differences
 from epic_quant.recipe.__main__ import main as recipe
 from epic_quant.report.__main__ import main as report
 from epic_quant.results.gate import Condition
@@ -85,7 +97,56 @@ def folders(model, tmp_path_factory) -> dict[str, Path]:
     with Checkpoint.open(model) as checkpoint:
         text = model / "calibration.txt"
         gather(checkpoint, text, token_windows(checkpoint, text, 2, 16), root / "hessians.safetensors")
-    return {"whole": model, "sharded": sharded, "hessians": root / "hessians.safetensors"}
+        published = {"GGUF": _gguf(CheckpointWeights(checkpoint), root / "model.gguf")}
+        published["MLX"] = _mlx(CheckpointWeights(checkpoint), model, root / "MLX")
+    for kind, policy in (("compressed-tensors", "mlp=int4-g16"), ("gemma", "mlp=int4,ple_table=int8")):
+        published[kind] = root / kind
+        assert export([str(model), "--policy", policy, "--format", kind, str(published[kind])]) == 0
+    return {"whole": model, "sharded": sharded, "hessians": root / "hessians.safetensors"} | published
+
+
+_TOKENIZER_CONFIG = {"bos_token": "<bos>", "eos_token": "<eos>", "chat_template": "{{ messages }}"}
+
+
+@cache
+def _like_gemmas() -> dict[str, Any]:
+    """The small model's tokenizer, cut to the toy's vocabulary."""
+    content = json.loads((Path(__file__).parents[2] / SMALL_MODEL / "tokenizer.json").read_bytes())
+    vocab = {token: number for token, number in content["model"]["vocab"].items() if number < 117}
+    content["model"] |= {"vocab": vocab | {"a": 117, "b": 118, "ab": 119}, "merges": [["a", "b"]]}
+    return content
+
+
+def _gguf(weights: Weights, path: Path) -> Path:
+    """The weights as gguf-py writes them, in q8_0 where whole blocks hold a row."""
+    writer = GGUFWriter(path, "gemma4")
+    writer.add_block_count(weights.config.num_layers)
+    writer.add_sliding_window_pattern([True] * weights.config.num_layers)
+    writer.add_token_list([str(number) for number in range(weights.config.vocab_size)])
+    for name, tensor in weights.tensors.items():
+        values = weights.get(name).float().numpy()
+        kind = GGMLQuantizationType.Q8_0 if values.ndim == 2 and values.shape[1] % 32 == 0 else None
+        writer.add_tensor(gguf_name(tensor), values if kind is None else quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _mlx(weights: Weights, model: Path, folder: Path) -> Path:
+    """The weights, the first layer's gate projection in codes of 8 bits with groups of 16."""
+    folder.mkdir()
+    stored = {f"model.{name}": weights.get(name) for name in weights.tensors}
+    gate = "model.layers.0.mlp.gate_proj"
+    rows, cols = stored.pop(f"{gate}.weight").shape
+    stored[f"{gate}.weight"] = torch.zeros(rows, cols // 4, dtype=torch.uint32)
+    stored |= {f"{gate}.{part}": torch.ones(rows, cols // 16) for part in ("scales", "biases")}
+    save_file(stored, folder / "model.safetensors")
+    options = {"bits": 8, "group_size": 16, gate: {"bits": 8, "mode": "affine"}}
+    config = json.loads((model / _CONFIG).read_bytes()) | {"quantization": options}
+    (folder / _CONFIG).write_text(json.dumps(config), encoding="utf-8")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +269,61 @@ def targets(folders, run_of_model) -> list[Target]:
     def read_limit(rng: random.Random, folder: Path) -> object:
         return Condition.parse(mutated_text(rng.choice(_LIMITS), rng, _WORDS))
 
+    def opened(path: Path) -> object:
+        """Headers, what differs from the checkpoint, and every weight decoded."""
+        with Checkpoint.open(model) as checkpoint:
+            plain = CheckpointWeights(checkpoint)
+            weights = PublishedWeights(open_published(str(path)), plain.config)
+            for tensor in weights.tensors.values():
+                weight = weights.get(tensor.name)
+                assert weight.shape == tensor.shape
+                assert isinstance(weight, Tensor) or weight.dequantize().isfinite().all()
+            return differences(weights, plain), weights.file.specs(plain.config), weights.file.fingerprint
+
+    gguf = folders["GGUF"].read_bytes()
+    gguf_end = GGUFReader(folders["GGUF"]).data_offset
+
+    def read_gguf(rng: random.Random, folder: Path) -> object:
+        head = bytearray(gguf[:gguf_end])
+        if rng.random() < 0.5:
+            at = rng.randrange(4, gguf_end - 8)
+            head[at : at + 8] = struct.pack("<Q", rng.choice((0, 1, 2**31, 2**40, 2**63, 2**64 - 1)))
+        else:
+            head[:] = mutated_bytes(bytes(head), rng)
+        content = bytes(head) + gguf[gguf_end:]
+        return opened(_written(folder / "model.gguf", content[: rng.choice((None, None, rng.randrange(len(gguf))))]))
+
+    def read_folder(kind: str, rng: random.Random, folder: Path) -> object:
+        config = json.loads((folders[kind] / _CONFIG).read_bytes())
+        content = (folders[kind] / "model.safetensors").read_bytes()
+        match rng.randrange(3):
+            case 0:
+                content = damaged(rng, content, 8 + int.from_bytes(content[:8], "little"))
+            case 1:
+                key = "quantization" if kind == "MLX" else "quantization_config"
+                config[key] = mutated_json(config[key], rng)
+            case _:
+                config = mutated_json(config, rng)
+        _written(folder / _CONFIG, dumped(config))
+        _written(folder / "model.safetensors", content)
+        return opened(folder)
+
+    def read_exported(rng: random.Random, folder: Path) -> object:
+        (folder / "model.safetensors").symlink_to(model / "model.safetensors")
+        beside = {_CONFIG: config, "tokenizer.json": _like_gemmas(), "tokenizer_config.json": _TOKENIZER_CONFIG}
+        mutated = rng.choice(list(beside))
+        for name, content in beside.items():
+            _written(folder / name, either(rng, content) if name == mutated else dumped(content))
+        policy, kind = rng.choice((("bf16", "gguf"), ("mlp=int8", "compressed-tensors"), ("mlp=int4", "gemma")))
+        status = export([str(folder), "--policy", policy, "--format", kind, "--nearest", str(folder / "out")])
+        if status == 0:
+            (folder / "out").unlink() if kind == "gguf" else shutil.rmtree(folder / "out")
+        return status
+
     return [
+        Target("GGUF", read_gguf),
+        *(Target(kind, partial(read_folder, kind), share=0.5) for kind in ("compressed-tensors", "gemma", "MLX")),
+        Target("export", read_exported, share=0.5),
         Target("header", read_header),
         Target("index", read_index),
         Target("config", read_config),
@@ -282,7 +397,7 @@ def _read(target: Target, what: str, folder: Path) -> tuple[str, str | None]:
     return "refused" if refused else "read", fault
 
 
-_WRITTEN: set[str] = {"0.safetensors", "1.safetensors"}
+_WRITTEN: set[str] = {"0.safetensors", "1.safetensors", "model.safetensors"}
 
 
 def _written(path: Path, content: bytes) -> Path:

@@ -40,7 +40,7 @@ class GGUF:
     """What gguf-py is to write: an array, its type, for every tensor by its canonical name."""
 
     def __init__(self, weights, kind_of=lambda tensor: F32):
-        self.architecture, self.extra, self.rename = "gemma4", {}, {}
+        self.architecture, self.extra, self.rename, self.metadata = "gemma4", {}, {}, {}
         self.config = weights.config
         self.tensors = {}
         for name, tensor in weights.tensors.items():
@@ -57,6 +57,8 @@ class GGUF:
 
     def write(self, path, shards=0):
         writer = GGUFWriter(path, self.architecture, split_max_tensors=shards)
+        for name, value in self.metadata.items():
+            getattr(writer, f"add_{name}")(value)
         names = get_tensor_name_map(MODEL_ARCH.GEMMA4, self.config.num_layers)
         for name, (array, kind) in self.tensors.items():
             file_name = f"{names.get_name(f'model.{name}'.removesuffix('.weight'))}.weight"

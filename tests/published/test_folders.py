@@ -124,6 +124,26 @@ def test_unpacked_codes_decode_as_defined(dtype, scale_shape, plain, shape, tmp_
     assert_decodes(folder.write(tmp_path / "model"), plain, expected.view(shape).numpy(), name + group)
 
 
+@pytest.mark.parametrize("block", [(128, 128), (100, 96), (256, 32)])
+def test_float8_codes_of_blocks_decode_as_defined(block, plain, shape, tmp_path):
+    weight, counts = (torch.rand(shape) * 200 - 100).to(torch.float8_e4m3fn), -(-np.array(shape) // block)
+    scale = torch.rand(tuple(counts)).bfloat16()
+    folder = compressed(plain, 8, format="float-quantized")
+    scheme = folder.config["quantization_config"]["config_groups"]["group_8"]["weights"]
+    scheme |= {"type": "float", "strategy": "block", "block_structure": block}
+    folder.replace(NAME, {"weight": weight, "weight_scale": scale})
+    by_weight = np.kron(scale.double().numpy(), np.ones(block))[: shape[0], : shape[1]]
+    path = folder.write(tmp_path / "model")
+    assert_decodes(path, plain, weight.double().numpy() * by_weight, f"ct_float8_block-g{block[1]}")
+    assert weights_of(path, plain).nbytes(f"{NAME}.weight") == weight.nbytes + scale.nbytes
+    scheme["block_structure"] = [64, 64]
+    with pytest.raises(CheckpointError, match=r"weight_scale is \[.*\], which does not fit"):
+        open_published(str(folder.write(tmp_path / "model")))
+    scheme["block_structure"] = [64, 0]
+    with pytest.raises(CheckpointError, match=r"block_structure is \[64, 0\]; expected \[rows, columns\]"):
+        open_published(str(folder.write(tmp_path / "model")))
+
+
 def test_int8_codes_have_zero_points(plain, shape, tmp_path):
     weight = (torch.rand(shape) * 200 - 100).to(torch.int8)
     zero, scale = torch.arange(512, dtype=torch.int8).view(-1, 1), torch.rand(512, 1)
@@ -209,6 +229,27 @@ def test_what_engines_do_beside_the_weights_is_told(plain, tmp_path):
     assert [note.split(" too")[0] for note in notes] == ["engines quantize its activations", "engines quantize K and V"]
 
 
+@pytest.mark.parametrize(
+    ("option", "part"), [({"symmetric": False}, "weight_zero_point"), ({"actorder": "group"}, "weight_g_idx")]
+)
+def test_what_the_config_needs_to_decode_by_must_be_there(option, part, plain, shape, tmp_path):
+    folder = compressed(plain, 4)
+    folder.config["quantization_config"]["config_groups"]["group_4"]["weights"] |= option
+    open_published(str(folder.write(tmp_path / "plain")))
+    folder.replace(NAME, packed_parts(shape))
+    with pytest.raises(CheckpointError, match=rf"up_proj\.weight: no {part}; expected it beside weight_packed"):
+        open_published(str(folder.write(tmp_path / "model")))
+
+
+def test_scales_of_k_and_v_are_no_weights(plain, tmp_path):
+    folder = compressed(plain, 8, kv_cache_scheme={"num_bits": 8})
+    names = [f"model.layers.0.self_attn.{part}_scale" for part in "kv"]
+    folder.tensors |= dict.fromkeys(names, torch.ones(1))
+    folder.tensors = {name: tensor.clone() for name, tensor in folder.tensors.items()}
+    weights = weights_of(folder.write(tmp_path / "model"), plain)
+    assert list(weights.file.others) == names
+
+
 def packed_parts(shape, **changes):
     rows, cols = shape
     parts = {
@@ -231,10 +272,13 @@ def packed_parts(shape, **changes):
         ({"weight_packed": torch.zeros(512, 30, dtype=torch.int32)}, {}, r"does not fit the config's \[4\] bits"),
         ({"weight_zero_point": torch.zeros(512, 8, dtype=torch.int32)}, {}, r"weight_zero_point is \[512, 8\]"),
         ({"weight_global_scale": torch.ones(1)}, {}, r"unknown part 'weight_global_scale'"),
+        ({"weight_scale": torch.ones(512, 8, dtype=torch.uint8)}, {}, r"weight_scale is torch.uint8; expected floats"),
+        ({"weight_shape": torch.ones(2)}, {}, r"weight_shape of 2 integers"),
         ({"weight_g_idx": torch.full((256,), 99, dtype=torch.int32)}, {}, r"names no group for each of 256 columns"),
         ({}, {"format": "nvfp4-pack-quantized"}, r"unknown format of compressed-tensors 'nvfp4-pack-quantized'"),
         ({}, {"transform_config": {"config_groups": {}}}, r"transform_config is unknown here"),
-        ({}, {"config_groups": {}}, r"num_bits in its config"),
+        ({}, {"config_groups": {}}, r"num_bits in its config are \[\]"),
+        ({}, {"config_groups": {"": {"weights": {"num_bits": [4]}}}}, r"num_bits in its config are \[\[4\]\]"),
         ({}, {"quant_method": "gptq"}, r"unknown quantization method .gptq.; known: compressed-tensors, gemma"),
     ],
 )
@@ -266,6 +310,51 @@ def test_an_mlx_folder_that_does_not_fit_is_refused(options, scales, message, pl
     folder.replace(NAME, parts)
     with pytest.raises(CheckpointError, match=message):
         open_published(str(folder.write(tmp_path / "model")))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": "x", "group_size": 64}, r"bits 'x' and group_size 64 in the config are none of MLX's"),
+        ({"bits": True, "group_size": 64}, "bits True and"),
+        ({"bits": 4, "group_size": [64]}, r"group_size \[64\] in"),
+        ({"bits": 4, "group_size": 64.0}, "group_size 64.0 in"),
+        ({"bits": 4}, "group_size None in"),
+        ({}, "bits None"),
+    ],
+)
+def test_an_mlx_config_is_read_also_where_no_tensor_is_quantized(options, message, plain, tmp_path):
+    folder = Folder(plain, {"quantization": options})
+    with pytest.raises(CheckpointError, match=message) as raised:
+        open_published(str(folder.write(tmp_path / "model")))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("own", [False, "x", [4, 64], None])
+def test_an_mlx_tensor_that_is_quantized_by_its_parts_alone_is_refused(own, plain, shape, tmp_path):
+    folder = Folder(plain, {"quantization": {"group_size": GROUP, "bits": 4, f"model.{NAME}": own}})
+    parts = {"weight": torch.zeros(512, 32, dtype=torch.uint32)}
+    folder.replace(NAME, parts | {"scales": torch.ones(512, 8), "biases": torch.ones(512, 8)})
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight: the config says .* of it, but it is quantized"):
+        open_published(str(folder.write(tmp_path / "model")))
+
+
+def test_an_mlx_tensor_without_its_weight_is_refused(plain, tmp_path):
+    folder = Folder(plain, {"quantization": {"group_size": GROUP, "bits": 4}})
+    folder.replace(NAME, {"scales": torch.ones(512, 8), "biases": torch.ones(512, 8)})
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight: no weight; expected it beside biases, scales"):
+        open_published(str(folder.write(tmp_path / "model")))
+
+
+def test_a_config_that_is_otherwise_than_the_checkpoints_is_told_or_refused(plain, tmp_path):
+    folder = compressed(plain, 4)
+    assert not any("states another" in line for line in differences(weights_of(folder.write(tmp_path), plain), plain))
+    folder.config["rms_norm_eps"] = 1e-5
+    (line,) = differences(weights_of(folder.write(tmp_path), plain), plain)[:1]
+    assert "(attention.layer_norm_rms_epsilon 1e-05, not 1e-06)" in line
+    folder.config["tie_word_embeddings"] = False
+    with pytest.raises(ConfigError, match="expected a head tied to embed_tokens"):
+        open_published(str(folder.write(tmp_path)))
 
 
 def test_a_folder_of_another_model_or_without_quantization_is_refused(plain, shape, tmp_path):

@@ -10,6 +10,7 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from epic_quant.errors import CheckpointError, ConfigError, EpicQuantError, SpecError
+from epic_quant.export.__main__ import main as export
 from epic_quant.footprint import resident
 from epic_quant.plan import plan, plan_quality, plan_quantizing
 from epic_quant.policy import PolicyWeights, check, opened, spec_of, tensor_nbytes
@@ -138,12 +139,74 @@ def test_a_file_from_another_checkpoint_is_told_by_its_norms(plain, gguf_of, tmp
     assert not any("another checkpoint" in line for line in same)
     norm, kind = file.tensors["layers.3.input_layernorm.weight"]
     file.tensors["layers.3.input_layernorm.weight"] = norm * np.float32(1.01), kind
-    file.extra["rope_freqs.weight"] = np.ones(8, dtype=np.float32)
+    file.extra["v.patch_embd.weight"] = np.ones(8, dtype=np.float32)
     lines = differences(weights_of_file(file.write(tmp_path / "other.gguf"), plain), plain)
     assert "1 of " in lines[0]
     assert "made from another checkpoint" in lines[0]
     assert "layers.3.input_layernorm.weight" in lines[0]
-    assert any("rope_freqs.weight" in line for line in lines)
+    assert any("v.patch_embd.weight" in line for line in lines)
+
+
+# What the small model's config says, by hand, as gguf-py writes it: one number may stand for all layers.
+SAME = {
+    "block_count": 18, "layer_norm_rms_eps": 1e-6, "rope_freq_base": 1e6, "rope_freq_base_swa": 1e4,
+    "head_count": [4] * 18, "head_count_kv": 2, "feed_forward_length": [512] * 18, "sliding_window": 64,
+    "sliding_window_pattern": ([True] * 5 + [False]) * 3, "final_logit_softcapping": 30.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, None),
+        ({"block_count": 17}, "block_count 17, not 18"),
+        ({"layer_norm_rms_eps": 1e-5}, "attention.layer_norm_rms_epsilon 9.99"),
+        ({"rope_freq_base": 5e5}, "rope.freq_base 500000.0, not 1000000.0"),
+        (
+            {"rope_freq_base_swa": float("nan"), "sliding_window": 512},
+            "attention.sliding_window 512, not 64; rope.freq_base_swa nan, not 10000.0)",
+        ),
+        ({"head_count": [4] * 17 + [8]}, "attention.head_count[17] 8, not 4)"),
+        ({"head_count_kv": [2] * 17}, "attention.head_count_kv of 17 values, not 18)"),
+        ({"sliding_window_pattern": [True] * 18}, "attention.sliding_window_pattern[5] True, not False)"),
+        ({"final_logit_softcapping": 50.0}, "final_logit_softcapping 50.0, not 30.0"),
+    ],
+)
+def test_metadata_that_is_otherwise_than_the_config_is_told_by_its_keys(changes, told, plain, gguf_of, tmp_path):
+    file = gguf_of(plain)
+    file.metadata = SAME | changes
+    lines = differences(weights_of_file(file.write(tmp_path / "model.gguf"), plain), plain)
+    stated = [line for line in lines if "states another model" in line]
+    if told is None:
+        assert not stated
+    else:
+        assert f"({told}" in stated[0]
+
+
+@pytest.mark.parametrize(
+    ("factors", "told"),
+    [
+        ([1.0] * 16 + [1e30] * 48, None),
+        ([1.0] * 17 + [1e30] * 47, "rope_freqs.weight[16] 1.0, not 1e+30"),
+        ([2.0] * 16 + [1e30] * 48, "rope_freqs.weight[0] 2.0, not 1.0"),
+        ([1.0] * 16, "rope_freqs.weight of 16 values, not 64"),
+    ],
+)
+def test_other_factors_of_rope_are_told(factors, told, plain, gguf_of, tmp_path):
+    """A quarter of the 64 pairs of a full layer's head rotate."""
+    file = gguf_of(plain)
+    file.extra["rope_freqs.weight"] = np.array(factors, dtype=np.float32)
+    lines = differences(weights_of_file(file.write(tmp_path / "model.gguf"), plain), plain)
+    assert [f"({told})" in line for line in lines] == ([] if told is None else [True])
+
+
+@pytest.mark.parametrize("file_format", ["gguf", "compressed-tensors", "gemma"])
+def test_what_export_writes_states_the_checkpoints_model(file_format, mini, plain, tmp_path):
+    policy = "mlp=q8_0" if file_format == "gguf" else "mlp=int8"
+    assert export([mini.source, "--policy", policy, "--format", file_format, str(tmp_path / "out")]) == 0
+    weights = weights_of_file(tmp_path / "out", plain)
+    assert weights.file.metadata["rope.freq_base"] == 1e6
+    assert not any("another" in line for line in differences(weights, plain))
 
 
 def test_a_file_does_not_change_what_the_reference_is(mini, plain, gguf_of, tmp_path, windows):
@@ -214,6 +277,24 @@ def test_a_policy_that_says_something_else_of_its_file_is_refused(plain, mixed):
     check(opened(policy_of(path), plain.config), plain.config)
 
 
+@pytest.mark.parametrize("file_format", ["gguf", "compressed-tensors"])
+def test_any_changed_byte_makes_another_fingerprint_and_another_name_none(file_format, mini, tmp_path):
+    policy = "mlp=q8_0" if file_format == "gguf" else "mlp=int8"
+    out = tmp_path / "out"
+    assert export([mini.source, "--policy", policy, "--format", file_format, str(out)]) == 0
+    file = out if file_format == "gguf" else out / "model.safetensors"
+    before = open_published(str(out)).fingerprint
+    moved = out.rename(tmp_path / "moved")
+    assert open_published(str(moved)).fingerprint == before
+    file = tmp_path / "moved" / file.relative_to(out)
+    for at in np.random.default_rng(0).integers(file.stat().st_size // 2, file.stat().st_size, 3):
+        data = bytearray(file.read_bytes())
+        data[at] ^= 1
+        file.write_bytes(data)
+        assert open_published(str(moved)).fingerprint not in (before, None)
+        before = open_published(str(moved)).fingerprint
+
+
 def test_a_changed_file_is_read_anew_and_is_another_variant(plain, gguf_of, tmp_path):
     file, path = gguf_of(plain), tmp_path / "model.gguf"
     before = str(Variant(policy_of(file.write(path))))
@@ -241,6 +322,18 @@ def test_a_number_of_parts_that_is_no_number_is_refused(value, tmp_path):
     (tmp_path / "model.gguf").write_bytes(head + len(key).to_bytes(8, "little") + key + value)
     with pytest.raises(CheckpointError, match=r"split\.count; expected a number"):
         open_published(str(tmp_path / "model.gguf"))
+
+
+def test_two_tensors_in_one_place_are_refused(plain, gguf_of, tmp_path):
+    path = gguf_of(plain).write(tmp_path / "model.gguf")
+    data = bytearray(path.read_bytes())
+    infos = [data.index(name) + len(name) for name in (b"blk.2.ffn_up.weight", b"blk.3.ffn_up.weight")]
+    # Behind the name: the number of dims, two dims, the type, and the offset.
+    (first, second) = (slice(at + 24, at + 32) for at in infos)
+    data[second] = data[first]
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"blk\.3\.ffn_up\.weight begins in blk\.2\.ffn_up\.weight, before byte"):
+        open_published(str(path))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
