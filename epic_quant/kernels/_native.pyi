@@ -79,3 +79,23 @@ def find_paths(
     num_threads: int,
     /,
 ) -> None: ...
+def find_compensated_paths(
+    isa: str,
+    bits: int,
+    state_bits: int,
+    values: int,
+    x: int,
+    scales: int,
+    rows: int,
+    cols: int,
+    factor: int,
+    own_factors: int,
+    over_diagonal: int,
+    before: int,
+    ends: bool,
+    most: int,
+    keep: int,
+    states: int,
+    num_threads: int,
+    /,
+) -> None: ...

@@ -19,6 +19,8 @@ from epic_quant.errors import KernelError, QuantizationError, unknown
 
 # The numbers of `enum class Element` and `enum class Rounding` in src/format.h.
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# `kOwnErrors` in src/survivors.h.
+_OWN_ERRORS = 32
 _ROUNDINGS = {"nearest": 0, "sign": 1, "table": 2}
 
 
@@ -198,6 +200,77 @@ class NativeMatrix:
         return NativeMatrix, (self._format, self.packed, self.scale, self.shape[1], self._rotation, self.isa)
 
 
+def find_compensated_paths(
+    x: Tensor,
+    scales: Tensor,
+    factor: Tensor,
+    values: Tensor,
+    bits: int,
+    before: Tensor,
+    keep: int,
+    most: int,
+    *,
+    ends: bool,
+    isa: str | None = None,
+) -> Tensor:
+    """The states [rows, keep], int32, of paths through x [rows, cols] fp32 whose errors later columns compensate.
+
+    As `epic_quant.quant.trellis.find_compensated_paths`, whose other arguments these are; `isa` as in `NativeMatrix`.
+    Raises KernelError for what does not fit.
+    """
+    rows, cols = x.shape
+    state_bits = _state_bits(values, bits)
+    if scales.shape != x.shape or factor.shape != (cols, cols) or before.shape != (rows,) or not 1 <= keep <= cols:
+        raise KernelError(f"scales {list(scales.shape)} and a factor {list(factor.shape)} for rows {list(x.shape)}")
+    if {one.dtype for one in (x, scales, factor, values)} != {torch.float32} or not 1 <= most <= 2**15:
+        raise KernelError(f"rows and what goes with them are not all {torch.float32}, or {most} paths survive")
+    x, scales, factor, values, before = map(_in_memory, (x, scales, factor, values, before.int()))
+    own, over_diagonal = own_factors(factor), 1 / factor.diagonal()
+    states = torch.empty(rows, keep, dtype=torch.int16)
+    _native().find_compensated_paths(
+        isa or kernels.isa(),
+        bits,
+        state_bits,
+        values.data_ptr(),
+        x.data_ptr(),
+        scales.data_ptr(),
+        rows,
+        cols,
+        factor.data_ptr(),
+        own.data_ptr(),
+        over_diagonal.data_ptr(),
+        before.data_ptr(),
+        ends,
+        most,
+        keep,
+        states.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return states.int() & 0xFFFF
+
+
+def own_factors(factor: Tensor) -> Tensor:
+    """What errors of the columns before take of each column, [cols, 32]: that of column i at i modulo 32.
+
+    Of column j it is factor[i, j] for the 31 before it, and 0 at its own place and before the first.
+    """
+    own = torch.zeros(len(factor), _OWN_ERRORS)
+    for apart in range(1, min(_OWN_ERRORS, len(factor))):
+        columns = torch.arange(apart, len(factor))
+        own[columns, (columns - apart) % _OWN_ERRORS] = factor.diagonal(apart)
+    return own
+
+
+def _state_bits(values: Tensor, bits: int) -> int:
+    """Those of a trellis with these values; raises KernelError where no kernel has it."""
+    state_bits = values.numel().bit_length() - 1
+    if not 1 <= bits <= 4 or values.shape != (1 << state_bits,) or not bits + 5 <= state_bits <= 16:
+        raise KernelError(
+            f"values {list(values.shape)} for {bits} bits, expected 1 to 4 bits, and 2^(bits + 5) to 2^16"
+        )
+    return state_bits
+
+
 def find_paths(
     x: Tensor, values: Tensor, bits: int, before: Tensor, keep: int, *, ends: bool, isa: str | None = None
 ) -> Tensor:
@@ -206,11 +279,7 @@ def find_paths(
     As `epic_quant.quant.trellis.find_paths`, whose other arguments these are; `isa` as in `NativeMatrix`. Raises
     KernelError for what does not fit.
     """
-    state_bits = values.numel().bit_length() - 1
-    if not 1 <= bits <= 4 or values.shape != (1 << state_bits,) or not bits + 5 <= state_bits <= 16:
-        raise KernelError(
-            f"values {list(values.shape)} for {bits} bits, expected 1 to 4 bits, and 2^(bits + 5) to 2^16"
-        )
+    state_bits = _state_bits(values, bits)
     rows, cols = x.shape
     if not 1 <= keep <= cols or before.shape != (rows,):
         raise KernelError(

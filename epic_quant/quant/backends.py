@@ -81,6 +81,26 @@ def find_paths(
     return matrix.find_paths(x, values, bits, before, keep, ends=ends, isa=chosen)
 
 
+def find_compensated_paths(
+    x: Tensor,
+    scales: Tensor,
+    factor: Tensor,
+    values: Tensor,
+    bits: int,
+    before: Tensor,
+    keep: int,
+    most: int,
+    backend: str | None,
+    *,
+    ends: bool,
+) -> Tensor | None:
+    """As `trellis.find_compensated_paths` by a kernel; None where the reference computes."""
+    chosen = _chosen(backend)
+    if chosen == REFERENCE or x.device.type != "cpu":
+        return None
+    return matrix.find_compensated_paths(x, scales, factor, values, bits, before, keep, most, ends=ends, isa=chosen)
+
+
 def _chosen(backend: str | None) -> str:
     if backend is None:
         return default()

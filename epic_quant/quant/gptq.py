@@ -150,21 +150,19 @@ def encode(
     return codes.T.contiguous(), torch.cat(scales, dim=1)
 
 
-def encode_blocks(weight: Tensor, factor: Tensor, size: int, encode_block: Callable[[int, Tensor], Tensor]) -> None:
-    """Compensate errors between blocks of `size` columns, for what is encoded together; overwrites `weight` fp32.
+def encode_blocks(
+    weight: Tensor, factor: Tensor, size: int, encode_block: Callable[[int, Tensor, Tensor], Tensor]
+) -> None:
+    """Compensate errors of blocks of `size` columns in those after them; overwrites `weight` [rows, cols] fp32.
 
-    `encode_block` gets a block's first column and all columns from it on [rows, the rest], as compensation has left
-    them, and gives back what the block's weights become, [rows, columns of the block].
+    `encode_block` gets a block's first column, all columns from it on, as compensation has left them, and their part of
+    the factor, [rows, the rest] and [the rest, the rest]. It compensates errors within the block, and gives back what
+    its weights become, [rows, columns of the block].
     """
-    cols = weight.shape[1]
-    for outer in range(0, cols, _BLOCK):
-        end = min(outer + _BLOCK, cols)
-        errors = weight.new_empty(len(weight), end - outer)
-        for start in range(outer, end, size):
-            stop = min(start + size, end)
-            error = weight[:, start:stop] - encode_block(start, weight[:, start:])
-            # What the columns of the block, one by one, would have had to compensate to come out so.
-            own = torch.linalg.solve_triangular(factor[start:stop, start:stop], error, upper=True, left=False)
-            errors[:, start - outer : stop - outer] = own
-            weight[:, stop:end] -= own @ factor[start:stop, stop:end]
-        weight[:, end:] -= errors @ factor[outer:end, end:]
+    for start in range(0, weight.shape[1], size):
+        rest = slice(start, None)
+        block = slice(start, min(start + size, weight.shape[1]))
+        error = weight[:, block] - encode_block(start, weight[:, rest], factor[rest, rest])
+        # What the columns, one by one, have had to compensate where they came out so.
+        error = torch.linalg.solve_triangular(factor[block, block], error, upper=True, left=False)
+        weight[:, block.stop :] -= error @ factor[block, block.stop :]

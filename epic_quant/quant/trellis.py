@@ -20,6 +20,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from epic_quant.kernels import matrix as kernels
 from epic_quant.quant import backends, gptq
 from epic_quant.quant.backends import Rule
 from epic_quant.quant.bitpack import BitPacking
@@ -37,13 +38,18 @@ _PIECE = _STREAMS * _WORD  # weights
 # best paths to all states have long become one.
 _TOGETHER = 1024
 _AHEAD = 10
-# The same where errors are compensated between blocks of columns.
-_COMPENSATED_TOGETHER = 16
-_COMPENSATED_AHEAD = 3
+# By how much of it a scale may differ from that of a Gaussian before a path is searched for anew.
+_FAR = 0.05
+# The same where later columns compensate errors, in columns; and how many survivors and what follows them are compared
+# in each column, since what its weight should be depends on the path.
+_COMPENSATED_TOGETHER = 128
+_COMPENSATED_AHEAD = 32
+_COMPARED = 1024
+_BIN_BITS = 8
 
 # Weights and values are words of 16 bits, 8 of them for fractions of an entry, and so are costs: the upper halves of
 # squared distances; with 3 bits or more, whose distances are smaller, of twice the distances.
-_FRACTION_BITS = 8
+_ONE = 2**8
 _NO_PATH = 2**16 - 1
 _MOST_COST = _NO_PATH - 1 - 2**14
 
@@ -85,49 +91,70 @@ class Trellis(ScaledFormat):
     def encode_rows(
         self, values: Tensor, group_size: int, factor: Tensor | None, backend: str | None
     ) -> tuple[Tensor, Tensor]:
-        rows, cols = values.shape
-        groups = values.reshape(-1, group_size)
         # The deviation that is best for a Gaussian in scalar codes is also that which the table is for.
-        scale = self._scalar.stored_fit(groups, backend).float() * (self._scalar_deviation / self.table.deviation)
+        fitted = self._scalar.stored_fit(values.reshape(-1, group_size), backend).float()
+        scale = stored_scale(fitted * (self._scalar_deviation / self.table.deviation)).view(len(values), -1)
+        if factor is not None:
+            return self._pack(self._compensated_states(values, scale, factor, backend)), scale
+        states, best, error = self._nearest_states(values, scale, backend)
+        # Short groups, and outliers, may have a scale that differs much from that of a Gaussian: once more with it.
+        odd = ((best.float() - scale.float()).abs() > _FAR * scale.float()).any(1).nonzero().flatten()
+        if len(odd):
+            again, scales, errors = self._nearest_states(values[odd], best[odd], backend)
+            better = errors < error[odd]
+            states[odd[better]], best[odd[better]] = again[better], scales[better]
+        return self._pack(states), best
+
+    def _nearest_states(self, values: Tensor, scale: Tensor, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
+        """States nearest to `values` [rows, cols] under `scale` [rows, groups] fp16.
+
+        Also the scale that is best for these states, and with that the squared error of each row.
+        """
+        rows, cols = values.shape
+        by_column, words = _by_column(scale, cols), self._words(self.values.to(values.device))
         states = torch.empty(rows, cols, dtype=torch.int32, device=values.device)
-        by_column = stored_scale(scale).float().view(rows, -1).repeat_interleave(group_size, 1)
-        state_values = self.values.to(values.device)
-        words = self._words(state_values)
+        before = torch.full((rows,), -1, dtype=torch.int32, device=values.device)
+        ahead = _AHEAD * -(-self.state_bits // self.num_bits)
+        for start in range(0, cols, _TOGETHER):
+            seen = slice(start, start + _TOGETHER + ahead)
+            ratio = self._words(over_scale(values[:, seen], by_column[:, seen]))
+            keep, ends = min(_TOGETHER, cols - start), seen.stop >= cols
+            found = find_paths(ratio, words, self.num_bits, before, keep, ends=ends, backend=backend)
+            states[:, start : start + keep], before = found, found[:, -1]
+        found_values = self.values.to(values.device)[states]
+        best = stored_scale(_least_squares(values, found_values, scale.shape[1]))
+        error = (values - found_values * _by_column(best, cols)).square().sum(1)
+        return states, best, error
+
+    def _compensated_states(self, values: Tensor, scale: Tensor, factor: Tensor, backend: str | None) -> Tensor:
+        """States of `values` [rows, cols], which are overwritten, whose errors later columns make up for."""
+        rows, cols = values.shape
+        by_column, state_values = _by_column(scale, cols), self.values.to(values.device)
+        states = torch.empty(rows, cols, dtype=torch.int32, device=values.device)
         before = torch.full((rows,), -1, dtype=torch.int32, device=values.device)
 
-        def encode_block(start: int, rest: Tensor, together: int, ahead: int) -> Tensor:
+        def encode_block(start: int, rest: Tensor, own: Tensor) -> Tensor:
             nonlocal before
-            keep = min(together, rest.shape[1])
-            seen = min(keep + ahead * -(-self.state_bits // self.num_bits), rest.shape[1])
-            scales = by_column[:, start : start + seen]
-            ratio = self._words(over_scale(rest[:, :seen], scales))
-            ends = seen == rest.shape[1]
-            found = find_paths(ratio, words, self.num_bits, before, keep, ends=ends, backend=backend)
-            states[:, start : start + keep] = found
-            before = found[:, -1]
+            seen = slice(start, start + _COMPENSATED_TOGETHER + _COMPENSATED_AHEAD)
+            keep, ends = min(_COMPENSATED_TOGETHER, cols - start), seen.stop >= cols
+            scales = by_column[:, seen]
+            width = scales.shape[1]
+            given = rest[:, :width], scales, own[:width, :width], state_values, self.num_bits, before, keep
+            found = find_compensated_paths(*given, _COMPARED >> self.num_bits, ends=ends, backend=backend)
+            states[:, start : start + keep], before = found, found[:, -1]
             return state_values[found] * scales[:, :keep]
 
-        if factor is None:
-            for start in range(0, cols, _TOGETHER):
-                encode_block(start, values[:, start:], _TOGETHER, _AHEAD)
-            scale = _least_squares(groups, state_values[states].view(groups.shape))
-        else:
-            gptq.encode_blocks(
-                values,
-                factor,
-                _COMPENSATED_TOGETHER,
-                lambda start, rest: encode_block(start, rest, _COMPENSATED_TOGETHER, _COMPENSATED_AHEAD),
-            )
-        return self._pack(states), stored_scale(scale).view(rows, -1)
+        gptq.encode_blocks(values, factor, _COMPENSATED_TOGETHER, encode_block)
+        return states
 
     def unpack(self, packed: Tensor, cols: int) -> Tensor:
         """The codes [rows, cols] uint8: values in units of the scale, from -128 on."""
-        words = self._in_order(packed, cols).view(torch.int16).long() & 0xFFFF
+        words: Tensor = self._in_order(packed, cols).view(torch.int16).long() & 0xFFFF
         words = torch.nn.functional.pad(words, (0, 2))
         first = torch.arange(cols, device=packed.device) * self.num_bits
         both = words[:, first // _WORD] | words[:, first // _WORD + 1] << _WORD
         states = both >> first % _WORD & (1 << self.state_bits) - 1
-        return self._codes.to(packed.device).index_select(0, states.flatten()).view(states.shape)
+        return self._codes.to(packed.device)[states]
 
     def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
         return (codes.float() - 128) * scale
@@ -137,7 +164,7 @@ class Trellis(ScaledFormat):
 
     def _words(self, ratio: Tensor) -> Tensor:
         """Weights or values in units of an entry, in fp32, as int16 words with a fraction."""
-        return (ratio * 2**_FRACTION_BITS).round_().clamp_(-(2**15), 2**15 - 1).short()
+        return (ratio * _ONE).round_().clamp_(-(2**15), 2**15 - 1).short()
 
     @cached_property
     def values(self) -> Tensor:
@@ -217,16 +244,119 @@ def find_paths(
     return torch.stack(states[::-1], dim=1)[:, :keep].int()
 
 
+def find_compensated_paths(
+    x: Tensor,
+    scales: Tensor,
+    factor: Tensor,
+    values: Tensor,
+    bits: int,
+    before: Tensor,
+    keep: int,
+    most: int,
+    *,
+    ends: bool,
+    backend: str | None = None,
+) -> Tensor:
+    """The states [rows, keep] int32 that a path through each row x [rows, cols] fp32 begins with.
+
+    The columns that follow make up for errors, as `factor` [cols, cols], the upper inverse Cholesky factor, says: the
+    sum of squared errors, each over the diagonal, is to be least. So many paths as `most` survive each column. `scales`
+    are in the shape of x, `values` [2^state_bits] fp32 in the unit of these; all else as `find_paths`.
+    """
+    given = x, scales, factor, values, bits, before, keep, most
+    found = backends.find_compensated_paths(*given, backend, ends=ends)
+    if found is not None:
+        return found
+    own, over_diagonal = kernels.own_factors(factor), 1 / factor.diagonal()
+    paths = [
+        _compensated_path(row, scale, factor, own, over_diagonal, values, bits, int(first), most, ends)
+        for row, scale, first in zip(x, scales, before, strict=True)
+    ]
+    return torch.stack(paths)[:, :keep].int()
+
+
+def _compensated_path(
+    x: Tensor,
+    scales: Tensor,
+    factor: Tensor,
+    own: Tensor,
+    over_diagonal: Tensor,
+    values: Tensor,
+    bits: int,
+    before: int,
+    most: int,
+    ends: bool,
+) -> Tensor:
+    """The path [cols] of one row: products and sums are rounded one by one and in one order, as kernels do it."""
+    num_own, num_states, columns = own.shape[1], len(values), x.clone()
+    state_bits = num_states.bit_length() - 1
+    state = torch.arange(num_states) if before < 0 else (before << bits) % num_states + torch.arange(1 << bits)
+    parent = torch.zeros_like(state)
+    errors, cost = torch.zeros(1, num_own), torch.zeros(1)
+    paths: list[tuple[Tensor, Tensor]] = []
+    for col in range(len(x)):
+        place = col % num_own
+        if col >= num_own:
+            error = errors[cost.argmin(), place].clone()
+            columns[col:] = columns[col:] - factor[col - num_own, col:] * error
+            cost = cost.masked_fill(errors[:, place] != error, torch.inf)
+        if col:
+            state = ((paths[-1][0] << bits) % num_states).unsqueeze(1) + torch.arange(1 << bits)
+            parent, state = torch.arange(len(state)).repeat_interleave(1 << bits), state.flatten()
+        lanes = (errors * own[col]).view(len(errors), -1, 8)
+        taken = lanes[:, 0]
+        for later in range(1, lanes.shape[1]):
+            taken = taken + lanes[:, later]
+        for _ in range(3):
+            taken = taken[:, ::2] + taken[:, 1::2]
+        error = (columns[col] - taken[parent, 0] - values[state] * scales[col]) * over_diagonal[col]
+        costs = cost[parent] + error * error
+        zeros = max(0, col * bits + state_bits - len(x) * bits) if ends else 0
+        costs = costs.masked_fill(
+            state % (1 << min(zeros, state_bits if before < 0 and not col else bits)) != 0, torch.inf
+        )
+        picked = _least(costs, most)
+        errors = errors[parent[picked]]
+        errors[:, place], cost = error[picked], costs[picked]
+        paths.append((state[picked], parent[picked]))
+    best, found = cost.argmin(), []
+    for of_column, parents in reversed(paths):
+        found.append(of_column[best])
+        best = parents[best]
+    return torch.stack(found[::-1])
+
+
+def _least(costs: Tensor, most: int) -> Tensor:
+    """Which costs [n] fp32, at least 0, are the least, in their order: at most `most`, without those of infinity.
+
+    They are whole bins of the range between the least and the largest, as kernels take them, or, where one bin has
+    more, the first of it.
+    """
+    finite, bits = costs < torch.inf, costs.view(torch.int32)
+    if finite.sum() > most:
+        above = bits - bits.min()
+        shift = max(0, int(above[finite].max()).bit_length() - _BIN_BITS)
+        bins = above >> shift
+        taken = int((torch.bincount(bins[finite]).cumsum(0) <= most).sum())
+        finite &= bins < max(taken, 1)
+    return finite.nonzero().flatten()[:most]
+
+
 def _error(column: Tensor, values: Tensor, times: int) -> Tensor:
     """The cost [rows, states] int32 of each value [states] for each weight [rows, 1], by so many times the distance."""
     return (column - values).clamp_(-(2**15), 2**15 - 1).mul_(times).clamp_(-(2**15), 2**15 - 1).square_() >> 16
 
 
-def _least_squares(groups: Tensor, values: Tensor) -> Tensor:
-    """The scale of each group [n, size] of least squared error with these values, [n, 1] fp32; 0 for zeros."""
-    groups, values = groups.double(), values.double()
-    norm = values.square().sum(1, keepdim=True)
-    return ((groups * values).sum(1, keepdim=True) / norm.masked_fill(norm == 0, torch.inf)).float()
+def _by_column(scale: Tensor, cols: int) -> Tensor:
+    """The scale of every column, [rows, cols] fp32, of those of groups, [rows, groups] fp16."""
+    return scale.float().repeat_interleave(cols // scale.shape[1], 1)
+
+
+def _least_squares(weights: Tensor, values: Tensor, num_groups: int) -> Tensor:
+    """Scales [rows, groups] fp32 of least squared error of `values` for `weights` [rows, cols]; 0 for zeros."""
+    weights, values = (x.double().view(len(x), num_groups, -1) for x in (weights, values))
+    norm = values.square().sum(2)
+    return ((weights * values).sum(2) / norm.masked_fill(norm == 0, torch.inf)).float()
 
 
 def _reversed(numbers: Tensor, num_bits: int) -> Tensor:

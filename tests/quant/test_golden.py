@@ -84,6 +84,21 @@ GOLDEN_BLOCKS = {
     ),
 }
 
+# Trellises: packed bytes and scale of 144 such weights, of which the last 16 are words in order.
+GOLDEN_PATHS = {
+    "trellis1": ("aaaaaa2aeb6bcd874a818d1d39044f5406a2", "5427"),
+    "trellis2": ("4dbfa6bb4d618986857de50d20b6eb7324aa562ce361234d3e11eed380b282d5c2a576bc", "b328"),
+    "trellis3": (
+        "1e69053f72cd5b198be68e146d2523996140f6293a711e3b6e455b702357f83fa621e060b589562e8ff7ddc0ee7f57700b5400d1e69e",
+        "9728",
+    ),
+    "trellis4": (
+        "2e4e0cc78e7f4de5db74bca4077e5c01116cc1f2e2c8a20d53f05222603ad663cc27a6944bee7f4d8b225ffc62994be4f42de6f00366"
+        "37791287bf1c95c8fe64344ce682628046c0",
+        "b628",
+    ),
+}
+
 
 @pytest.mark.parametrize("spec", GOLDEN)
 def test_stored_bytes_never_change(spec):
@@ -102,5 +117,13 @@ def test_stored_blocks_never_change(spec):
     assert stored(weight, spec).blocks.numpy().tobytes().hex() == GOLDEN_BLOCKS[spec]
 
 
+@pytest.mark.parametrize("spec", GOLDEN_PATHS)
+def test_stored_paths_never_change(spec):
+    index = torch.arange(144).unsqueeze(0)
+    quantized = stored(((index * 37 + 11) % 256 - 128) * (1 + index // 16) / 256, spec)
+    packed, scale = (tensor.view(torch.uint8).numpy().tobytes().hex() for tensor in quantized.tensors().values())
+    assert (packed, scale) == GOLDEN_PATHS[spec]
+
+
 def test_every_format_has_its_bytes_written_out():
-    assert set(FORMATS) <= set(GOLDEN) | set(GOLDEN_BLOCKS)
+    assert set(FORMATS) <= set(GOLDEN) | set(GOLDEN_BLOCKS) | set(GOLDEN_PATHS)

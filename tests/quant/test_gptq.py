@@ -47,6 +47,7 @@ def test_compensation_takes_a_third_off_the_output_error(layer):
         "ternary-g32+had256",
         "int3-g2",
         "affine3-g32",
+        "trellis2+had64",
     ],
 )
 def test_compensation_works_over_any_format(base, layer):

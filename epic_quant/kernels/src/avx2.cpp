@@ -7,6 +7,7 @@
 #define EPIC_QUANT_AVX2
 #include "gemm_avx2.h"
 #include "quantize.h"
+#include "survivors.h"
 #include "viterbi.h"
 
 namespace epic_quant {
@@ -41,6 +42,7 @@ Kernels kernels(const Format& format, const Layout& layout) {
 
 }  // namespace
 
-const Isa avx2_isa = {"avx2", runs_here, kernels, rotate_rows, find_paths};
+const Isa avx2_isa = {"avx2", runs_here, kernels, rotate_rows, find_paths, compensated_nbytes,
+                          find_compensated_paths};
 
 }  // namespace epic_quant

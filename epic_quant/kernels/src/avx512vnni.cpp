@@ -9,6 +9,7 @@
 #define EPIC_QUANT_AVX512
 #include "gemm_avx512.h"
 #include "quantize.h"
+#include "survivors.h"
 #include "viterbi.h"
 
 namespace epic_quant {
@@ -46,6 +47,7 @@ Kernels kernels(const Format& format, const Layout& layout) {
 
 }  // namespace
 
-const Isa avx512vnni_isa = {"avx512vnni", runs_here, kernels, rotate_rows, find_paths};
+const Isa avx512vnni_isa = {"avx512vnni", runs_here, kernels, rotate_rows, find_paths, compensated_nbytes,
+                          find_compensated_paths};
 
 }  // namespace epic_quant

@@ -81,6 +81,12 @@ struct Eight {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
   }
+  // The sum of each of eight, neighbours first, then pairs, then fours.
+  friend EPIC_QUANT_INLINE Eight pairwise_sums(const Eight (&x)[8]) {
+    const __m256 first = _mm256_hadd_ps(_mm256_hadd_ps(x[0].v, x[1].v), _mm256_hadd_ps(x[2].v, x[3].v));
+    const __m256 last = _mm256_hadd_ps(_mm256_hadd_ps(x[4].v, x[5].v), _mm256_hadd_ps(x[6].v, x[7].v));
+    return {_mm256_add_ps(_mm256_permute2f128_ps(first, last, 0x20), _mm256_permute2f128_ps(first, last, 0x31))};
+  }
   EPIC_QUANT_INLINE Eight magnitude() const { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), v)}; }
   // To the nearest whole number, ties to even.
   EPIC_QUANT_INLINE Eight rounded() const {
@@ -290,6 +296,13 @@ struct Eight {
     float total = 0;
     for (float x : v) total += x;
     return total;
+  }
+  // The sum of each of eight, neighbours first, then pairs, then fours.
+  friend EPIC_QUANT_INLINE Eight pairwise_sums(const Eight (&x)[8]) {
+    return each([&](int i) {
+      const float* const v = x[i].v;
+      return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+    });
   }
   EPIC_QUANT_INLINE Eight magnitude() const { return each([&](int i) { return of_bits(bits_of(v[i]) & 0x7FFFFFFF); }); }
   // To the nearest whole number, ties to even: beside 2^23 there is no room for a fraction.

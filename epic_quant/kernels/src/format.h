@@ -189,6 +189,22 @@ struct PathSearch {
   std::size_t scratch_nbytes() const { return (std::size_t{4} << state_bits) + (cols << (state_bits - bits)); }
 };
 
+// The same where later columns make up for errors: x [rows, cols], a scale for each, and what the error of a column, over
+// the diagonal of `factor` [cols, cols], takes of each later one: the row of it. `own_factors` [cols, 32] are those of
+// the columns before at their numbers modulo 32, and zeros.
+struct CompensatedSearch {
+  const float *x, *scales;
+  std::size_t cols;
+  const float *factor, *own_factors, *over_diagonal;
+  const float* values;
+  int bits, state_bits;
+  const std::int32_t* before;  // [rows]
+  bool ends;
+  std::size_t most;  // paths that survive
+  std::size_t keep;
+  std::uint16_t* states;  // [rows, keep]
+};
+
 // An instruction set: another one is another file that fills this.
 struct Isa {
   const char* name;
@@ -199,6 +215,9 @@ struct Isa {
                  std::size_t end, float* scratch);
   // Rows [begin, end) of a search.
   void (*find_paths)(const PathSearch&, std::size_t begin, std::size_t end, std::uint16_t* scratch);
+  // The same, with scratch of so many bytes.
+  std::size_t (*compensated_nbytes)(const CompensatedSearch&);
+  void (*find_compensated_paths)(const CompensatedSearch&, std::size_t begin, std::size_t end, float* scratch);
 };
 
 // Rows that a kernel for several tokens decodes at a time, at most.

@@ -233,6 +233,14 @@ void find_paths(const Isa& isa, const PathSearch& search, std::size_t rows, int 
   });
 }
 
+void find_compensated_paths(const Isa& isa, const CompensatedSearch& search, std::size_t rows, int num_threads) {
+  parallel_for(rows, 1, num_threads, [&](std::size_t begin, std::size_t end) {
+    static thread_local Scratch scratch;
+    isa.find_compensated_paths(search, begin, end,
+                               reinterpret_cast<float*>(scratch.get(isa.compensated_nbytes(search))));
+  });
+}
+
 void rotate(const Isa& isa, const Rotation& rotation, bool inverse, std::size_t rows, std::size_t cols,
             const float* from, float* to, int num_threads) {
   by_rows(rows, cols, num_threads, [&](std::size_t begin, std::size_t end, float* scratch) {

@@ -34,6 +34,7 @@ void dequantize(const StoredMatrix& matrix, Element element, void* weight, bool 
 
 // A search in that many rows.
 void find_paths(const Isa& isa, const PathSearch& search, std::size_t rows, int num_threads);
+void find_compensated_paths(const Isa& isa, const CompensatedSearch& search, std::size_t rows, int num_threads);
 
 // Rows of [rows, cols] rotated, or rotated back.
 void rotate(const Isa& isa, const Rotation& rotation, bool inverse, std::size_t rows, std::size_t cols,

@@ -96,6 +96,17 @@ NB_MODULE(_native, module) {
                              at<std::int32_t>(before), ends, keep, at<std::uint16_t>(states)}, rows, num_threads);
   }, Unlocked());
 
+  module.def("find_compensated_paths", [](const std::string& isa, int bits, int state_bits, std::uintptr_t values,
+                                          std::uintptr_t x, std::uintptr_t scales, std::size_t rows, std::size_t cols,
+                                          std::uintptr_t factor, std::uintptr_t own_factors,
+                                          std::uintptr_t over_diagonal, std::uintptr_t before, bool ends,
+                                          std::size_t most, std::size_t keep, std::uintptr_t states, int num_threads) {
+    find_compensated_paths(isa_of(isa), {at<float>(x), at<float>(scales), cols, at<float>(factor),
+                                         at<float>(own_factors), at<float>(over_diagonal), at<float>(values), bits,
+                                         state_bits, at<std::int32_t>(before), ends, most, keep,
+                                         at<std::uint16_t>(states)}, rows, num_threads);
+  }, Unlocked());
+
   module.def("rotate", [](const std::string& isa, std::size_t block, std::uintptr_t signs, bool inverse,
                           std::size_t rows, std::size_t cols, std::uintptr_t from, std::uintptr_t to,
                           int num_threads) {

@@ -1,6 +1,7 @@
 // Plain C++17, which the compiler may vectorize for the CPU that it builds for.
 #include "gemm.h"
 #include "quantize.h"
+#include "survivors.h"
 #include "viterbi.h"
 
 namespace epic_quant {
@@ -103,6 +104,7 @@ Kernels kernels(const Format& format, const Layout&) {
 
 }  // namespace
 
-const Isa portable_isa = {"portable", [] { return true; }, kernels, rotate_rows, find_paths};
+const Isa portable_isa = {"portable", [] { return true; }, kernels, rotate_rows, find_paths, compensated_nbytes,
+                          find_compensated_paths};
 
 }  // namespace epic_quant
