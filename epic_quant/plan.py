@@ -28,7 +28,8 @@ from epic_quant.published.source import decoded
 from epic_quant.quality import Variant
 from epic_quant.quality.passes import Memory, layer_numel, passes, quantized_numel, work
 from epic_quant.quality.variants import with_reference
-from epic_quant.quant import linear, quantize
+from epic_quant.quant import OutputHessian, linear, quantize
+from epic_quant.quant.gptq import SWEEPS
 from epic_quant.spec import BF16, KVSpec, PolicySpec, WeightSpec
 from epic_quant.values import read_values
 
@@ -195,12 +196,19 @@ def plan_prices(
 def _compensation(config: TextConfig, specs: Collection[WeightSpec]) -> float:
     """Multiplications of `+gptq`: half of cols³ for the factor of each matrix and rotation; of each spec rows·cols².
 
-    Matrix products are half of the latter, and what is done column by column takes about as long.
+    Matrix products are half of the latter, and what is done column by column takes about as long. `+yaqa` does that for
+    few rows at a time, which takes some three times as long again, and rounds once more; column by column that takes
+    about three times as long as its products.
     """
-    fitted = [spec for spec in specs if spec.gptq]
+    fitted = [spec for spec in specs if spec.compensated]
     rotations = len({spec.hadamard_block for spec in fitted})
     shapes = [t.shape for t in expected_tensors(config) if t.layer is not None and t.tensor_class and not t.unused]
-    return sum(rotations * cols**3 / 2 + len(fitted) * rows * cols**2 for rows, cols in shapes)
+    total = sum(rotations * cols**3 / 2 + len(fitted) * rows * cols**2 for rows, cols in shapes)
+    if two_sided := sum(spec.yaqa for spec in specs):
+        for rows, cols in shapes:
+            size = OutputHessian.shape(rows)[1]
+            total += rows * size**2 / 3 + two_sided * rows * cols * (3 * cols + size / 2 + 4 * SWEEPS * (cols + size))
+    return total
 
 
 def _multiplied_numel(config: TextConfig) -> int:
@@ -245,7 +253,7 @@ def _seconds_a_weight(spec: WeightSpec, file: str | None = None) -> float:
         stored, ids = found.read(), torch.arange(max(1, min(found.shape[0], _PROBE_WEIGHTS // found.shape[1])))
         return _DECODINGS * _seconds(lambda: decoded(stored, ids).float()) / (len(ids) * found.shape[1])
     weight = torch.randn(_PROBE_WEIGHTS // 1024, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
-    rounded, hessian = replace(spec, gptq=False), torch.eye(1024)
+    rounded, hessian = replace(spec, gptq=False, yaqa=False), torch.eye(1024)
     return _seconds(lambda: quantize(weight, rounded, hessian).dequantize()) / _PROBE_WEIGHTS
 
 

@@ -29,7 +29,7 @@ class PolicyWeights(Weights):
     """A checkpoint's weights with every matrix stored as the policy says.
 
     Nothing is held: a tensor is read and quantized when it is asked for, rows of a table alike. `hessians`, by
-    canonical tensor name, are for specs with `+gptq` or `+imatrix`. Raises as `CheckpointWeights` and `check` do.
+    canonical tensor name, are for specs with `+gptq`, `+yaqa` or `+imatrix`. Raises as `CheckpointWeights` and `check`.
     """
 
     def __init__(
@@ -54,12 +54,16 @@ class PolicyWeights(Weights):
 
         Raises QuantizationError as `get`.
         """
-        weight = self._source.get(name)
-        if self.spec_of(name) is None:
+        weight, spec = self._source.get(name), self.spec_of(name)
+        if spec is None:
             yield weight
             return
+        whole = self._stored(name, weight) if spec.yaqa else None  # its rows make up for each other's errors
         for rows in row_chunks(len(weight), weight.shape[1], _PIECE):
-            yield self._stored(name, weight[rows], f"{name}[{rows.start}:{rows.stop}]")
+            if whole is None or isinstance(whole, Tensor):
+                yield self._stored(name, weight[rows], f"{name}[{rows.start}:{rows.stop}]")
+            else:
+                yield whole.rows(torch.arange(rows.start, rows.stop))
 
     def spec_of(self, name: str) -> WeightSpec | None:
         """The spec that a tensor is stored in; None where it stays as it is in the file, as those in bf16 do."""

@@ -29,17 +29,17 @@ LAYERS = {
     "published": 4,
     "values": 4,
     "policy": 5,
-    "calibration": 6,
+    "calibration": 7,
     "footprint": 6,
     "quality": 6,
     "prices": 6,
     "recipe": 6,
     "predict": 6,
-    "export": 7,
+    "export": 8,
     "plan": 7,
     "report": 7,
     "inspection": 7,
-    "plugin": 8,
+    "plugin": 9,
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

@@ -10,14 +10,15 @@ from safetensors.torch import load_file, save_file
 
 from epic_quant.calibration import Hessians, gather, main
 from epic_quant.checkpoint import Checkpoint
-from epic_quant.errors import CheckpointError, QuantizationError, SpecError, TokenError
+from epic_quant.errors import CheckpointError, QuantizationError, TokenError
 from epic_quant.gemma4.weights import CheckpointWeights
 from epic_quant.metrics import squared_output_norm
 from epic_quant.plugin.run import SMALL_MODEL, Run
 from epic_quant.prices import price
+from epic_quant.prices.backward import Backward, Linear
 from epic_quant.quant import quantize
 from epic_quant.results.prices import write_prices
-from epic_quant.spec import PolicySpec, WeightSpec
+from epic_quant.spec import WeightSpec
 from epic_quant.text import token_windows
 
 MINI = Path(__file__).resolve().parents[1] / SMALL_MODEL
@@ -69,14 +70,52 @@ def test_a_file_of_prices_has_the_diagonals_and_is_refused_for_error_compensatio
         whole, cols = hessians[name].read(), importance[name].read().shape[0]
         expected = whole if whole.dim() == 1 else whole.diagonal()
         torch.testing.assert_close(importance[name].diagonal(cols), expected, rtol=1e-3, atol=1e-5)
-    importance.check(PolicySpec.parse("mlp=q4_k+imatrix"))
-    hessians.check(PolicySpec.parse("mlp=int4+gptq"))
-    with pytest.raises(
-        SpecError, match=r"mlp=int4.gptq: .gptq needs Hessians, but .*out.prices.safetensors has prices"
-    ):
-        importance.check(PolicySpec.parse("mlp=int4+gptq"))
+    importance.check([WeightSpec.parse("q4_k+imatrix")])
+    hessians.check([WeightSpec.parse("int4+gptq")])
+    with pytest.raises(CheckpointError, match=r"int4.gptq needs Hessians, but .*out.prices.safetensors has prices"):
+        importance.check([WeightSpec.parse("int4+gptq")])
     with pytest.raises(QuantizationError, match=r"gptq needs the Hessian .* and got its diagonal alone"):
         quantize(torch.ones(2, 48), WeightSpec("int4", gptq=True), importance["layers.0.mlp.up_proj.weight"])
+
+
+@pytest.fixture
+def with_outputs(toy_checkpoint, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("epic_quant.quant.gptq._OUTPUT_ROWS", 48)
+    return gather(toy_checkpoint, text, WINDOWS, tmp_path / "outputs.safetensors", outputs=True)
+
+
+def test_hessians_of_outputs_are_those_of_the_backward_pass(with_outputs, hessians, toy_checkpoint):
+    """In blocks of at most 48 rows, for every weight its own; what the inputs' are is not changed."""
+    shapes = set()
+    for one in Backward(CheckpointWeights(toy_checkpoint), WINDOWS, seed=0).run():
+        if isinstance(one, Linear):
+            gradient = one.gradient.double()
+            whole = gradient.T @ gradient / WINDOWS.numel()
+            blocks = with_outputs[one.name].output.read().double()
+            shapes.add(blocks.shape[:2])
+            expected = whole * torch.block_diag(*torch.ones_like(blocks))
+            torch.testing.assert_close(torch.block_diag(*blocks), expected, rtol=1e-4, atol=1e-4 * float(whole.max()))
+            assert torch.equal(with_outputs[one.name].read(), hessians[one.name].read())
+    assert {count for count, _ in shapes} > {1}
+    assert all(size <= 48 for _, size in shapes)
+    assert set(with_outputs) == set(hessians)
+    assert len(with_outputs) == len(hessians)
+
+
+def test_each_weight_has_its_own_outputs_and_shares_what_is_made_of_its_inputs(with_outputs):
+    q, k = (with_outputs[f"layers.0.self_attn.{name}_proj.weight"] for name in "qk")
+    assert q is with_outputs["layers.0.self_attn.q_proj.weight"]
+    assert q.output is not k.output
+    cols = q.read().shape[0]
+    assert q.factor(cols, 0) is k.factor(cols, 0)
+
+
+def test_a_file_without_outputs_is_refused_for_specs_that_need_them(with_outputs, hessians, tmp_path):
+    specs = [WeightSpec.parse("int4+gptq"), WeightSpec.parse("int4+yaqa")]
+    hessians.check(specs[:1])
+    with_outputs.check(specs)
+    with pytest.raises(CheckpointError, match=r"hessians.safetensors: lacks .*: python -m epic_quant.calibration --ou"):
+        hessians.check(specs)
 
 
 def test_the_output_error_from_hessians_is_that_of_the_inputs():
@@ -177,6 +216,6 @@ def test_hessians_of_the_evaluation_text_are_refused(pytestconfig, tmp_path):
     copy = tmp_path / "calibration.txt"
     copy.write_bytes((pytestconfig.rootpath / SMALL_MODEL / "eval.txt").read_bytes())
     run = Run(pytestconfig.option, pytestconfig.rootpath)
-    run.options = argparse.Namespace(hessians=None, calibration_text=copy, text=None)
+    run.options = argparse.Namespace(hessians=None, calibration_text=copy, text=None, price=[])
     with run.checkpoint, pytest.raises(TokenError, match="calibrated on the evaluation text"):
         run.hessians(tmp_path)

@@ -10,6 +10,7 @@ from epic_quant.errors import QuantizationError, SpecError
 from epic_quant.gemma4.config import TextConfig
 from epic_quant.gemma4.weights import CheckpointWeights
 from epic_quant.policy import PolicyWeights, check, spec_of, tensor_nbytes
+from epic_quant.quant import Hessian, OutputHessian
 from epic_quant.spec import BF16, PolicySpec, WeightSpec
 
 
@@ -59,6 +60,19 @@ def test_rows_of_a_quantized_table_are_those_of_the_whole_table_quantized(toy_ch
     whole = quantize(CheckpointWeights(toy_checkpoint).get(name), WeightSpec("int4")).dequantize()
     assert torch.equal(weights.rows(name, ids), whole[ids])
     assert str(weights.get("embed_tokens.weight").spec) == "int8"
+
+
+def test_pieces_of_rows_that_make_up_for_each_other_are_those_of_the_whole(toy_checkpoint, monkeypatch):
+    monkeypatch.setattr("epic_quant.policy._PIECE", 1000)
+    name = "layers.0.mlp.gate_proj.weight"
+    rows, cols = CheckpointWeights(toy_checkpoint).get(name).shape
+    x, gradients = (torch.randn(200, n, generator=torch.Generator().manual_seed(n)).cumsum(1) for n in (cols, rows))
+    outputs = OutputHessian(lambda: (gradients.T @ gradients).unsqueeze(0))
+    hessians = {name: Hessian(lambda: x.T @ x, outputs)}
+    weights = PolicyWeights(toy_checkpoint, PolicySpec.parse("mlp=int4+yaqa"), hessians)
+    pieces = [piece.dequantize() for piece in weights.pieces(name)]
+    assert len(pieces) > 1
+    assert torch.equal(torch.cat(pieces), weights.get(name).dequantize())
 
 
 def test_a_weight_that_is_no_number_is_named(toy_checkpoint_with_nan):

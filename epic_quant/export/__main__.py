@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise SpecError(f"{policy.name}: needs --hessians; make them with: python -m epic_quant.calibration")
         hessians = Hessians(options.hessians, checkpoint) if options.hessians else None
         if hessians is not None:
-            hessians.check(written)
+            hessians.check(written.weight_specs)
         weights = PolicyWeights(checkpoint, written, hessians)
         try:
             file_format.write(checkpoint, weights, written, options.out)
@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
         "--hessians",
         type=user_path,
         metavar="FILE",
-        help="Hessians of the checkpoint, for +gptq and +imatrix; for +imatrix alone a run's prices too",
+        help="Hessians of the checkpoint, for +gptq, +yaqa and +imatrix; for +imatrix alone a run's prices too",
     )
     parser.add_argument("--nearest", action="store_true", help="take the nearest spec for those that the format lacks")
     return parser

@@ -37,7 +37,7 @@ class CompressedTensors(FolderFormat):
             return (BF16,)
         group = spec.group_size if spec.info.has_groups else _GROUP
         widths = [name for name, bits in _BITS.items() if cols * bits % 32 == 0]
-        found = [WeightSpec(name, group, gptq=spec.gptq).with_dividing_group([cols]) for name in widths]
+        found = [WeightSpec(name, group, gptq=spec.gptq, yaqa=spec.yaqa).with_dividing_group([cols]) for name in widths]
         return *(one for one in found if one is not None), BF16
 
     def parts(self, tensor: TextTensor, spec: WeightSpec) -> Sequence[Part]:

@@ -29,7 +29,7 @@ class Gemma(FolderFormat):
             return (BF16,)
         # A group that is a whole row is no other storage.
         group = spec.group_size if spec.info.has_groups and spec.group_of(tensor.shape[1]) == tensor.shape[1] else None
-        return *(WeightSpec(name, group, gptq=spec.gptq) for name in _BITS), BF16
+        return *(WeightSpec(name, group, gptq=spec.gptq, yaqa=spec.yaqa) for name in _BITS), BF16
 
     def parts(self, tensor: TextTensor, spec: WeightSpec) -> Sequence[Part]:
         """As in the class."""

@@ -125,7 +125,7 @@ class PackedRows:
         if spec.needs_hessian:
             raise SpecError(
                 f"{spec}: a table that is looked up multiplies no inputs, so it has no Hessian; "
-                "leave out +gptq and +imatrix"
+                "leave out +gptq, +yaqa and +imatrix"
             )
         return cls(resolved(spec, cols), cols)
 

@@ -79,7 +79,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--calibration-text",
         type=_path,
         metavar="FILE",
-        help="text that +gptq and +imatrix are fitted to, never evaluated on",
+        help="text that +gptq, +imatrix and +yaqa are fitted to, never evaluated on",
     )
     group.addoption(
         "--hessians",

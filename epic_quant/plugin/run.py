@@ -51,8 +51,10 @@ SEED = 0
 LARGE_CHECKPOINT_NBYTES = 1_000_000_000
 _DEFAULT_SAMPLED_ROWS = 256
 
-# The text that Hessians are gathered from: enough that those of 512 columns have full rank many times over.
+# The text that Hessians are gathered from: enough that those of 512 columns have full rank many times over. Those of
+# outputs take more, since a few tokens have most of the gradients.
 HESSIAN_WINDOWS, HESSIAN_WINDOW_TOKENS = 16, 512
+_OUTPUT_HESSIAN_WINDOWS = 128
 
 _LEAST_KV_CONTEXT = 128
 
@@ -197,7 +199,9 @@ class Run:
         return token_windows(self.checkpoint, self.text, num_windows, window_tokens)
 
     def hessians(self, folder: Path) -> Mapping[str, Hessian]:
-        """The Hessians that +gptq and +imatrix take: `--hessians`, or gathered from the calibration text into `folder`.
+        """The Hessians that specs take: `--hessians`, or gathered from the calibration text into `folder`.
+
+        Those of outputs among them only where a spec of the run has +yaqa.
 
         None at all on a large checkpoint without `--hessians`: gathering them is a run of its own. Raises TokenError
         where they are of the evaluation text: fitting and evaluation never share text.
@@ -209,7 +213,9 @@ class Run:
             return {}
         text = self.calibration_text
         self._check_apart(text_sha256(text))
-        return gather(self.checkpoint, text, self._hessian_windows(text), folder / "calibration.safetensors")
+        windows = self._hessian_windows(text, self._num_hessian_windows)
+        path, outputs = folder / "calibration.safetensors", self._compensates_rows
+        return gather(self.checkpoint, text, windows, path, outputs=outputs)
 
     @cached_property
     def _hessians(self) -> Hessians | None:
@@ -220,10 +226,20 @@ class Run:
         """The Hessians of the evaluation text, which give the output error on it; None on a large checkpoint."""
         if self.is_large:
             return None
-        return gather(self.checkpoint, self.text, self._hessian_windows(self.text), folder / "evaluation.safetensors")
+        windows = self._hessian_windows(self.text, HESSIAN_WINDOWS)
+        return gather(self.checkpoint, self.text, windows, folder / "evaluation.safetensors")
 
-    def _hessian_windows(self, text: Path) -> Tensor:
-        return token_windows(self.checkpoint, text, HESSIAN_WINDOWS, HESSIAN_WINDOW_TOKENS)
+    def _hessian_windows(self, text: Path, num_windows: int) -> Tensor:
+        return token_windows(self.checkpoint, text, num_windows, HESSIAN_WINDOW_TOKENS)
+
+    @cached_property
+    def _compensates_rows(self) -> bool:
+        """Whether a spec of the run has +yaqa."""
+        return any(spec.yaqa for spec in {*self._asked_specs, *self._policy_specs})
+
+    @property
+    def _num_hessian_windows(self) -> int:
+        return _OUTPUT_HESSIAN_WINDOWS if self._compensates_rows else HESSIAN_WINDOWS
 
     @property
     def text(self) -> Path:
@@ -269,17 +285,17 @@ class Run:
         """
         self._check_apart(text_sha256(self.calibration_text))
         num_windows = self.num_windows * (1 if self.is_large else _PRICE_WINDOWS)
-        skip = HESSIAN_WINDOWS * (HESSIAN_WINDOW_TOKENS - 1) if self._fits_hessians else 0
+        skip = self._num_hessian_windows * (HESSIAN_WINDOW_TOKENS - 1) if self._fits_hessians else 0
         sizes = num_windows, self.window_tokens
         return token_windows(self.checkpoint, self.calibration_text, *sizes, skip=skip, least=1)
 
     @cached_property
     def _fits_hessians(self) -> bool:
-        """Whether the calibration text gives the Hessians, with as much again for prices."""
+        """Whether the calibration text gives the Hessians, with some left for prices."""
         if self.options.hessians or self.is_large:
             return False
         try:
-            token_windows(self.checkpoint, self.calibration_text, 2 * HESSIAN_WINDOWS, HESSIAN_WINDOW_TOKENS)
+            self._hessian_windows(self.calibration_text, self._num_hessian_windows + HESSIAN_WINDOWS)
         except TokenError:
             return False
         return True
@@ -288,19 +304,27 @@ class Run:
     def priced_specs(self) -> tuple[WeightSpec, ...]:
         """The specs that tensors are priced under: `--price`, or the best at each width; and those of the policies.
 
-        Ones with `+gptq` only where there are Hessians.
+        Ones with `+gptq` or `+yaqa` only where there are Hessians.
         """
-        asked = [WeightSpec.parse(text) for text in self.options.price] or CANDIDATES
-        quantizing = (policy for policy in self.policies.values() if policy.file is None)
-        own = (spec for policy in quantizing for spec in sorted(policy.weight_specs, key=str))
         fitted = self._fits_hessians if self._hessians is None else self._hessians.are_whole
-        every = dict.fromkeys((*asked, *own))
-        return tuple(spec for spec in every if not spec.info.is_plain and (fitted or not spec.gptq))
+        every = dict.fromkeys((*(self._asked_specs or CANDIDATES), *self._policy_specs))
+        return tuple(spec for spec in every if not spec.info.is_plain and (fitted or not spec.compensated))
 
     @property
     def prices_importance(self) -> bool:
         """Whether `+imatrix` takes the importance that the pass of the prices finds: where that needs no Hessians."""
-        return self.wants_prices and self._hessians is None and not any(spec.gptq for spec in self.priced_specs)
+        compensated = any(spec.compensated for spec in self.priced_specs)
+        return self.wants_prices and self._hessians is None and not compensated
+
+    @property
+    def _asked_specs(self) -> list[WeightSpec]:
+        return [WeightSpec.parse(text) for text in self.options.price]
+
+    @property
+    def _policy_specs(self) -> list[WeightSpec]:
+        """Those that the run's policies quantize to, published files apart."""
+        quantizing = (policy for policy in self.policies.values() if policy.file is None)
+        return [spec for policy in quantizing for spec in sorted(policy.weight_specs, key=str)]
 
     @property
     def priced_kv(self) -> list[KVSpec]:
@@ -370,8 +394,7 @@ class Run:
                 token_windows(self.checkpoint, path, 1, 2)
         if self._hessians is not None:
             self._check_apart(self._hessians.text_sha256)
-            for policy in self.policies.values():
-                self._hessians.check(policy)
+            self._hessians.check({*self._asked_specs, *self._policy_specs})
         elif any(named):
             self._check_apart(text_sha256(self.calibration_text))
         if self.options.ple_trace:

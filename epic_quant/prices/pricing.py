@@ -22,7 +22,7 @@ from epic_quant.gemma4.tensors import TextTensor, expected_tensors
 from epic_quant.gemma4.weights import CheckpointWeights
 from epic_quant.policy import row_nbytes
 from epic_quant.prices.backward import EMBEDDING, Backward, HeadRows, KeysValues, Linear, Rows
-from epic_quant.quant import Hessian, StoredMatrix, Weight, from_tensors, quantize
+from epic_quant.quant import Hessian, OutputHessian, StoredMatrix, Weight, from_tensors, quantize
 from epic_quant.quant.stored import row_chunks
 from epic_quant.results.prices import Priced, Prices
 from epic_quant.spec import KVSpec, TensorClass, WeightSpec
@@ -83,9 +83,9 @@ def price(
     """Price every matrix under every spec that fits it, and K and V of every source layer under every KV spec.
 
     `windows` int64 [N, T], BOS first, are of the text to calibrate on, never of the evaluation text; the loss is of
-    `samples` labels for each token. Specs with `+gptq` or `+imatrix` are priced where `hessians` has the tensor's,
-    which should be of other windows; without any, `+imatrix` takes the importance that the pass itself finds. Bytes of
-    K and V are those at `context` tokens. Hidden states wait in RAM, or in a file in `folder`.
+    `samples` labels for each token. Specs with `+gptq`, `+yaqa` or `+imatrix` are priced where `hessians` has the
+    tensor's, which should be of other windows; without any, `+imatrix` takes the importance that the pass itself finds.
+    Bytes of K and V are those at `context` tokens. Hidden states wait in RAM, or in a file in `folder`.
 
     With `reduced_precision` layers and head multiply in bf16 where that is faster here, errors of weights and their
     inputs are rounded to 8 bits before they are multiplied, and the diagonal form is taken on a sample of rows.
@@ -161,9 +161,12 @@ def needed_nbytes(
     wide = sum(sum(tensor.shape) for tensor in matrices) // config.num_layers + max(t.shape[0] for t in matrices)
     derivatives = 4 * num_tokens * len(specs) * (len(matrices) + 3)
     # A layer's inverse Cholesky factors, one for each rotation, and what making the largest takes.
-    rotations = len({spec.hadamard_block for spec in specs if spec.gptq})
+    rotations = len({spec.hadamard_block for spec in specs if spec.compensated})
     squares = [[t.shape[1] ** 2 for t in matrices if t.layer == layer.index] for layer in config.layers]
     factors = 4 * (rotations * max(map(sum, squares)) + 4 * max(map(max, squares))) if rotations else 0
+    if any(spec.yaqa for spec in specs):  # A layer's roots of outputs' Hessians, and the errors of its largest matrix.
+        blocks = [(t.layer, math.prod(OutputHessian.shape(t.shape[0]))) for t in matrices]
+        factors += 4 * (2 * max(sum(n for at, n in blocks if at == layer.index) for layer in config.layers) + largest)
     return math.ceil(1.2 * (borders + ple + working + factors + 2 * 4 * num_tokens * wide + derivatives)), borders
 
 
@@ -221,7 +224,7 @@ def _fitting(
         fitting = []
         for spec in specs:
             if spec.needs_hessian and not _has_inputs(tensor, spec, hessians):
-                if spec.gptq and not hessians:
+                if spec.compensated and not hessians:
                     nowhere.pop(spec, None)  # Without Hessians it is left out everywhere, which is no mistake.
                 continue
             divided = spec.with_dividing_group(cols[tensor.tensor_class])
@@ -239,9 +242,9 @@ def _has_inputs(tensor: TextTensor, spec: WeightSpec, hessians: Mapping[str, Hes
 
     Error compensation does nothing for rows that are looked up. The embedding is the head too, which has inputs.
     """
-    if spec.gptq and tensor.tensor_class in _TABLES:
+    if spec.compensated and tensor.tensor_class in _TABLES:
         return False
-    return tensor.name in hessians or (not hessians and not spec.gptq and tensor.tensor_class is not _TABLES[0])
+    return tensor.name in hessians or (not hessians and not spec.compensated and tensor.tensor_class is not _TABLES[0])
 
 
 def _priced(its: _Tensor) -> Priced:

@@ -43,10 +43,11 @@ def quantize(
 ) -> StoredMatrix:
     """`weight` [rows, cols], of any float dtype and finite in fp32, as `spec` stores it, row by row.
 
-    `hessian` [cols, cols], fp32 or fp64, is the mean of x xᵀ over the layer's inputs x; only gptq and imatrix read it,
-    and a `Hessian` keeps what they make of it for the next weight or spec. `backend` names what computes, here and with
-    the result: an instruction set, or `reference`; by default, what `quant.backends.default` says. Raises
-    QuantizationError for a weight or Hessian that does not fit.
+    `hessian` [cols, cols], fp32 or fp64, is the mean of x xᵀ over the layer's inputs x; only gptq, yaqa and imatrix
+    read it, and a `Hessian` keeps what they make of it for the next weight or spec. yaqa needs its `output` as well,
+    and rounds row after row, so rows of its result are not those of a part of the weight. `backend` names what
+    computes, here and with the result: an instruction set, or `reference`; by default, what `quant.backends.default`
+    says. Raises QuantizationError for a weight or Hessian that does not fit.
     """
     if weight.dim() != 2 or weight.numel() == 0 or not weight.is_floating_point():
         raise QuantizationError(f"a {weight.dtype} tensor of shape {list(weight.shape)} is no matrix of floats")
@@ -75,11 +76,12 @@ def from_tensors(
     return stored_as.from_tensors(spec, tensors, (rows, cols), backend)
 
 
-def check_finite(values: Tensor, first_row: int) -> None:
-    """Raise QuantizationError that names the first row of `values` [rows, cols] with NaN or infinity."""
+def check_finite(values: Tensor, rows: slice | Tensor) -> None:
+    """Raise QuantizationError that names the first of these rows, `values` [n, cols], with NaN or infinity."""
     finite = torch.linalg.vector_norm(values, ord=float("inf"), dim=1).isfinite()
     if not finite.all():
-        raise not_finite(first_row + int((~finite).nonzero()[0]))
+        first = int((~finite).nonzero()[0])
+        raise not_finite(rows.start + first if isinstance(rows, slice) else int(rows[first]))
 
 
 def not_finite(row: int) -> QuantizationError:

@@ -72,21 +72,41 @@ class ScaledFormat(Format):
         rows, cols = weight.shape
         spec = resolved(spec, cols)
         own = self.with_options(spec)
-        kernels = None if spec.gptq else backends.kernels_for(self.name, weight.device, backend)
+        kernels = None if spec.compensated else backends.kernels_for(self.name, weight.device, backend)
         if kernels is not None and own.rule is not None and own.rule.has_quantizer:
             made = kernels.quantize(own.rule, weight, spec.group_of(cols), _rotation(spec, cols), backend)
             return GroupedMatrix(made.packed, made.scale, cols, spec, backend)
         (_, packed_shape), (_, scale_shape) = self.layout(spec, (rows, cols)).values()
         packed = torch.empty(packed_shape, dtype=torch.uint8, device=weight.device)
         scale = torch.empty(scale_shape, dtype=SCALE_DTYPE, device=weight.device)
-        factor = Hessian.given(hessian, "gptq").factor(cols, spec.hadamard_block) if spec.gptq else None
-        for chunk in row_chunks(rows, cols, _CHUNK if factor is None else _COMPENSATED_ROWS * cols):
+        given = Hessian.given(hessian, "yaqa" if spec.yaqa else "gptq") if spec.compensated else None
+        factor = None if given is None else given.factor(cols, spec.hadamard_block)
+        rows_of = given.row_compensation(rows, cols) if given is not None and spec.yaqa else None
+        group = spec.group_of(cols)
+        chunks = row_chunks(rows, cols, _CHUNK if factor is None else _COMPENSATED_ROWS * cols)
+        for chunk in chunks if rows_of is None else rows_of:
             values = weight[chunk].float().contiguous()
-            check_finite(values, chunk.start)
+            check_finite(values, chunk)
             if spec.hadamard_block:
                 values = hadamard.rotate(values.clamp(-MAX_ROTATED, MAX_ROTATED), spec.hadamard_block, backend)
-            packed[chunk], scale[chunk] = own.encode_rows(values, spec.group_of(cols), factor, backend)
+            target = values if rows_of is None else values + rows_of.compensation
+            packed[chunk], scale[chunk] = own.encode_rows(target, group, factor, backend)
+            if rows_of is not None:
+                rows_of.learn(own.decoded(own.unpack(packed[chunk], cols), scale[chunk], group) - values)
+        if given is not None and rows_of is not None and isinstance(own, GroupedFormat):
+            inputs = given.rotated(cols, spec.hadamard_block).float()
+            for some in (some for _ in range(gptq.SWEEPS) for some in rows_of):
+                codes = own.unpack(packed[some], cols)
+                before = own.decoded(codes, scale[some], group)
+                again = gptq.encode_again(codes, before, scale[some], inputs, *rows_of.pull(), group, own)
+                rows_of.learn(rows_of.errors + own.decoded(again, scale[some], group) - before)
+                packed[some] = own.packing.pack(again)
         return GroupedMatrix(packed, scale, cols, spec, backend)
+
+    def decoded(self, codes: Tensor, scale: Tensor, group_size: int) -> Tensor:
+        """Rows [n, cols], fp32 and still rotated, of their codes and scales as they are stored, [n, scales a row]."""
+        groups = codes.reshape(-1, group_size)
+        return self.decode(groups, scale.float().view(len(groups), -1)).view(codes.shape)
 
     def from_tensors(
         self, spec: WeightSpec, tensors: Mapping[str, Tensor], shape: tuple[int, int], backend: str | None = None
@@ -224,8 +244,8 @@ class GroupedMatrix:
             if kernels is not None:
                 yield chunk, kernels.dequantize(torch.float32, rotated=True)
                 continue
-            groups = self._format.unpack(packed, self.cols).reshape(-1, self.spec.group_of(self.cols))
-            yield chunk, self._format.decode(groups, scale.float().view(groups.shape[0], -1)).view(-1, self.cols)
+            codes = self._format.unpack(packed, self.cols)
+            yield chunk, self._format.decoded(codes, scale, self.spec.group_of(self.cols))
 
 
 def resolved(spec: WeightSpec, cols: int) -> WeightSpec:

@@ -81,7 +81,7 @@ class Plain(Format):
         )
         for chunk in row_chunks(len(values), values.shape[1], _CHUNK):
             part = weight[chunk].float()
-            check_finite(part, chunk.start)
+            check_finite(part, chunk)
             if not is_bf16:
                 # Without the clamp, what lies between the largest numbers of bf16 and of fp32 would become infinite.
                 values[chunk] = part.clamp(-_MAX, _MAX)

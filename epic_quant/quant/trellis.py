@@ -3,7 +3,7 @@
 A bit-shift trellis, as Mao and Gray (2010) and Tseng et al., "QTIP" (2024): the bits of a row are a stream, and weight
 i is the value of the state that the `state_bits` bits from bit i · num_bits of it on are, the lowest first. Neighbours
 share all but num_bits of them, and a row is encoded by the search for the best path, Viterbi's (1967). Behind the row
-the stream has zeros, so no bit is spent on where a path begins or ends.
+the stream has zeros, so no bit is spent on where a path begins or ends; the last weights have fewer choices for it.
 
 A state's value is looked up in two tables of 16 entries by the two halves of a byte, the upper one of the lower 16 bits
 of state · multiplier: sums of two entries are as good as 256 of any kind, and a byte shuffle decodes them.

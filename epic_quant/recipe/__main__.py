@@ -87,7 +87,7 @@ def _hessians(recipe: Recipe, options: argparse.Namespace) -> list[str]:
     """The option that names what the recipe is fitted to, where it is: for importance the prices are enough."""
     if not recipe.policy.needs_hessians:
         return []
-    whole = any(spec.gptq for spec in recipe.policy.weight_specs)
+    whole = any(spec.compensated for spec in recipe.policy.weight_specs)
     return ["--hessians", "hessians.safetensors" if whole else str(prices_path(options.json))]
 
 

@@ -85,7 +85,7 @@ class KVStorageSpec:
             infos.append(FORMATS[self.pca.format])
             if self.pca.directions < 1 or not infos[-1].has_groups or infos[-1].state_bits:
                 raise SpecError(
-                    f"{self}: +pca is 1 direction or more, stored in a format with a code for each and scales"
+                    f"{self}: +pca is 1 direction or more, stored in a format with scales"
                 )
             if self.center_tokens is None:
                 raise SpecError(f"{self}: +pca finds its directions in the tokens of a center")

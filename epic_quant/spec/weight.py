@@ -20,13 +20,14 @@ _NUMBER = "[1-9][0-9]{0,8}"
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """`FORMAT[-lSTATE][-gGROUP][+hadBLOCK][+gptq]`, or `FORMAT[+imatrix]` of blocks: a storage format and its options.
+    """`FORMAT[-lSTATE][-gGROUP][+hadBLOCK][+gptq|+yaqa]`, or `FORMAT[+imatrix]` of blocks: a format and its options.
 
     `group_size` is how many weights of a row share a scale; None is one scale a row. `hadamard_block` is the block of
     the Hadamard transform that rotates rows before they are quantized; 0 is no rotation. `gptq` compensates the error
-    of a column in the columns that follow. `imatrix` is for formats of blocks, which are ggml's types: squared errors
-    count as much as the inputs of their columns do, an importance matrix. `state_bits` are those of a trellis, whose
-    values each depend on so many bits of its row; None is the default, 12. bf16 has no options.
+    of a column in the columns that follow, and `yaqa` that of a row in the rows that follow as well. `imatrix` is for
+    formats of blocks, which are ggml's types: squared errors count as much as the inputs of their columns do, an
+    importance matrix. `state_bits` are those of a trellis, whose values each depend on so many bits of its row; None is
+    the default, 12. bf16 has no options.
 
     Raises SpecError for an unknown format and for options that it cannot have.
     """
@@ -36,14 +37,17 @@ class WeightSpec:
     hadamard_block: int = 0
     gptq: bool = False
     imatrix: bool = False
+    yaqa: bool = False
     state_bits: int | None = None
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS and self.format not in PUBLISHED:
             raise SpecError(unknown("format", self.format, FORMATS))
-        if not self.info.has_groups and (self.group_size is not None or self.hadamard_block or self.gptq):
+        if not self.info.has_groups and (self.group_size is not None or self.hadamard_block or self.compensated):
             how = "values as they are" if self.info.is_plain else f"blocks of {self.info.block_size} weights"
-            raise SpecError(f"{self.format} stores {how}: it takes no group, Hadamard block or gptq")
+            raise SpecError(f"{self.format} stores {how}: it takes no group, Hadamard block, gptq or yaqa")
+        if self.gptq and self.yaqa:
+            raise SpecError("yaqa compensates errors as gptq does, and more: a spec has one of them")
         if self.imatrix and not self.info.block_nbytes:
             raise SpecError(f"{self.format} has no blocks, which alone are fitted with an importance matrix (+imatrix)")
         if self.state_bits is not None and self.state_bits not in self.info.state_bits:
@@ -69,17 +73,20 @@ class WeightSpec:
         block = take(stages, f"had({_NUMBER})")
         gptq = take(stages, "(gptq)")
         imatrix = take(stages, "(imatrix)")
+        yaqa = take(stages, "(yaqa)")
         is_trellis = format_name in FORMATS and FORMATS[format_name].state_bits
         known = ["lSTATE", "gGROUP"] if is_trellis else ["gGROUP"]
-        refuse_rest(text, format_name, options, known, stages, ["hadBLOCK", "gptq", "imatrix"])
+        refuse_rest(text, format_name, options, known, stages, ["hadBLOCK", "gptq", "imatrix", "yaqa"])
         sizes = int(group) if group else None, int(block) if block else 0
-        return cls(format_name, *sizes, gptq is not None, imatrix is not None, int(state) if state else None)
+        stages_taken = gptq is not None, imatrix is not None, yaqa is not None
+        return cls(format_name, *sizes, *stages_taken, state_bits=int(state) if state else None)
 
     def __str__(self) -> str:
         state = "" if self.state_bits is None else f"-l{self.state_bits}"
         group = "" if self.group_size is None else f"-g{self.group_size}"
         rotated = f"+had{self.hadamard_block}" if self.hadamard_block else ""
-        return self.format + state + group + rotated + "+gptq" * self.gptq + "+imatrix" * self.imatrix
+        stages = "+gptq" * self.gptq + "+imatrix" * self.imatrix + "+yaqa" * self.yaqa
+        return self.format + state + group + rotated + stages
 
     @property
     def info(self) -> FormatInfo:
@@ -95,14 +102,19 @@ class WeightSpec:
         return _GGML_INTEGERS.get(self.format) if is_plain_group else None
 
     @property
+    def compensated(self) -> bool:
+        """Whether weights that are still to be rounded make up for the errors of others."""
+        return self.gptq or self.yaqa
+
+    @property
     def needs_hessian(self) -> bool:
         """Whether it is fitted to the inputs of the layer, for which it needs their Hessian."""
-        return self.gptq or self.imatrix
+        return self.compensated or self.imatrix
 
     @property
     def without_hessian(self) -> WeightSpec:
         """The same storage, rounded plainly: as many bytes, and no Hessian needed."""
-        return replace(self, gptq=False, imatrix=False)
+        return replace(self, gptq=False, imatrix=False, yaqa=False)
 
     @property
     def without_group(self) -> WeightSpec:

@@ -35,6 +35,16 @@ def test_importance_of_prices_reaches_a_file_and_error_compensation_is_refused(m
         assert not torch.equal(quantize(weight, WeightSpec("q4_k")).tensors()["blocks"], expected)
 
 
+def test_a_file_without_what_compensates_rows_is_refused(mini, tmp_path, capsys):
+    gather(mini, MINI / "calibration.txt", torch.arange(300, 304).view(1, 4), tmp_path / "hessians")
+    options = ["--policy", "mlp.up_proj@0=int4-g32+yaqa", "--format", "gguf", "--hessians", str(tmp_path / "hessians")]
+    assert main([str(MINI), *options, str(tmp_path / "out.gguf")]) == 2
+    error = capsys.readouterr().err
+    assert "lacks the Hessians of outputs, which +yaqa needs; make it with: python -m epic_quant.calibration" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out.gguf").exists()
+
+
 def test_compensated_integers_are_a_type_of_ggml(mini, tmp_path):
     hessians = gather(mini, MINI / "calibration.txt", torch.arange(300, 556).view(2, 128), tmp_path / "hessians")
     policy = "mlp.up_proj@0=int4-g32+gptq"

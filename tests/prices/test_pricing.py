@@ -68,11 +68,13 @@ def test_the_diagonal_form_is_the_summed_gradient_times_the_error_squared(toy_ch
             assert priced(prices, one.name).diagonal[0] == pytest.approx(expected, rel=1e-3)
 
 
-def test_error_compensation_is_priced_with_the_hessian_given(toy_checkpoint, tmp_path):
+@pytest.mark.parametrize("stage", ["gptq", "yaqa"])
+def test_error_compensation_is_priced_with_the_hessian_given(stage, toy_checkpoint, tmp_path):
     text = tmp_path / "calibration.txt"
     text.write_text("some text", encoding="utf-8")
-    hessians = gather(toy_checkpoint, text, WINDOWS.repeat(8, 1), tmp_path / "hessians.safetensors")
-    gptq = WeightSpec.parse("int4-g16+gptq")
+    path, windows = tmp_path / "hessians.safetensors", WINDOWS.repeat(8, 1)
+    hessians = gather(toy_checkpoint, text, windows, path, outputs=stage == "yaqa")
+    gptq = WeightSpec.parse(f"int4-g16+{stage}")
     prices = price(toy_checkpoint, WINDOWS, [INT4, gptq], hessians=hessians)
     weights = CheckpointWeights(toy_checkpoint)
     for one in Backward(weights, WINDOWS, seed=0).run():
@@ -312,6 +314,14 @@ def test_the_planned_time_is_that_of_its_parts(reduced_precision, passes, a_spec
     total = 1e-12 * 2048 * numel * (passes + 3 * a_spec) + quantizing
     said = plan_prices(e4b, specs, 2, 1024, reduced_precision)[0]
     assert said.endswith(f", about {total:,.0f} s, {quantizing:,.0f} s of it quantizing")
+
+
+def test_rows_that_make_up_for_each_other_are_planned_for(e4b):
+    """The errors of a matrix of 2560 by 10240; roots of four blocks of 2560² for gate and up each; and time as well."""
+    gptq, yaqa = (WeightSpec.parse(f"int3-g128+{stage}") for stage in ("gptq", "yaqa"))
+    one_sided, two_sided = (needed_nbytes(e4b, 2048, [spec], True)[0] for spec in (gptq, yaqa))
+    least = 4 * 2560 * 10240 + 4 * 2 * 4 * 2560**2
+    assert least < two_sided - one_sided < 5 * least
 
 
 def test_factors_are_planned_for_where_errors_are_compensated(e4b):

@@ -66,7 +66,7 @@ class BlockFormat(Format):
         importance = Hessian.given(hessian, "imatrix").diagonal(cols) if spec.imatrix else None
         for chunk in row_chunks(rows, cols, _CHUNK):
             values = weight[chunk].float()
-            check_finite(values, chunk.start)
+            check_finite(values, chunk)
             blocks[chunk] = self.encode(values, importance)
         return BlockMatrix(blocks, spec, backend)
 

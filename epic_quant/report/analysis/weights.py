@@ -15,7 +15,7 @@ ORIGINAL = WeightSpec("absmax4")
 
 def series(spec: WeightSpec) -> str:
     """The family of a spec's format and its stages, without sizes: integer+had of int4-g128+had64."""
-    stages = (("had", spec.hadamard_block), ("gptq", spec.gptq), ("imatrix", spec.imatrix))
+    stages = (("had", spec.hadamard_block), ("gptq", spec.gptq), ("imatrix", spec.imatrix), ("yaqa", spec.yaqa))
     return "+".join([spec.info.module, *(stage for stage, given in stages if given)])
 
 
