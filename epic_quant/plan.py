@@ -34,6 +34,8 @@ from epic_quant.spec import BF16, KVSpec, PolicySpec, WeightSpec
 from epic_quant.values import read_values
 
 _PROBE_WEIGHTS = 2**20
+# As long as so many weights take those of a trellis whose errors are compensated, about.
+_SURVIVORS_TAKE = 32
 _PROBE_TOKENS = 256
 
 # Of a published file: a matrix is decoded once to be checked and once to be computed with.
@@ -252,9 +254,12 @@ def _seconds_a_weight(spec: WeightSpec, file: str | None = None) -> float:
         found = next(tensor for tensor in tensors if tensor.spec == spec and len(tensor.shape) == 2)
         stored, ids = found.read(), torch.arange(max(1, min(found.shape[0], _PROBE_WEIGHTS // found.shape[1])))
         return _DECODINGS * _seconds(lambda: decoded(stored, ids).float()) / (len(ids) * found.shape[1])
-    weight = torch.randn(_PROBE_WEIGHTS // 1024, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
-    rounded, hessian = replace(spec, gptq=False, yaqa=False), torch.eye(1024)
-    return _seconds(lambda: quantize(weight, rounded, hessian).dequantize()) / _PROBE_WEIGHTS
+    # What a trellis' survivors take is no matter of matrix products, as other compensation is.
+    survive = spec.compensated and spec.info.state_bits
+    rows = _PROBE_WEIGHTS // 1024 // (_SURVIVORS_TAKE if survive else 1)
+    weight = torch.randn(rows, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rounded, hessian = replace(spec, gptq=bool(survive), yaqa=False), torch.eye(1024)
+    return _seconds(lambda: quantize(weight, rounded, hessian).dequantize()) / weight.numel()
 
 
 def _seconds(run: Callable[[], object]) -> float:

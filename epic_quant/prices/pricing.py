@@ -41,7 +41,7 @@ CANDIDATES = tuple(
         "trellis4+had256",
         "trellis3+had256",
         "trellis2+had256",
-        "trellis4+had256+gptq",
+        "codebook4+had256+gptq",
         "trellis3+had256+gptq",
         "trellis2+had256+gptq",
     )

@@ -84,9 +84,7 @@ class KVStorageSpec:
                 raise SpecError(f"{unknown('format', self.pca.format, FORMATS)} (in {str(self)!r})")
             infos.append(FORMATS[self.pca.format])
             if self.pca.directions < 1 or not infos[-1].has_groups or infos[-1].state_bits:
-                raise SpecError(
-                    f"{self}: +pca is 1 direction or more, stored in a format with scales"
-                )
+                raise SpecError(f"{self}: +pca is 1 direction or more, stored in a format with scales")
             if self.center_tokens is None:
                 raise SpecError(f"{self}: +pca finds its directions in the tokens of a center")
         if self.clip_percent is not None and not 1 <= self.clip_percent < 50:

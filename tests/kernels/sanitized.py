@@ -140,9 +140,26 @@ def check_paths(native, isa, bits, rows, cols, keep, rng):
     states = Exact(np.zeros((rows, keep), np.uint16))
     arguments = (before.address, bool(rng.integers(2)), keep, states.address, int(rng.choice(THREADS)))
     native.find_paths(isa, bits, 12, values.address, x.address, rows, cols, *arguments)
+    check_path(before, states, bits)
+    # The same where later columns make up for errors, with few survivors and with more than there are paths at first.
+    factor = np.eye(cols) + np.triu(rng.standard_normal((cols, cols)), 1) / 8
+    own = np.zeros((cols, 32))
+    for col in range(cols):
+        for apart in range(1, min(32, col + 1)):
+            own[col, (col - apart) % 32] = factor[col - apart, col]
+    floats = [values.values / 256, x.values / 256, np.ones((rows, cols)), factor, own, np.ones(cols)]
+    kept = [Exact(one.astype(np.float32)) for one in floats]
+    value_address, x_address, scales, *others = (one.address for one in kept)
+    given = (isa, bits, 12, value_address, x_address, scales, rows, cols, *others, before.address, False)
+    native.find_compensated_paths(*given, int(rng.choice([1, 5, 300])), keep, states.address, int(rng.choice(THREADS)))
+    check_path(before, states, bits)
+
+
+def check_path(before, states, bits):
+    """Each state follows the one before it."""
     path = np.concatenate([before.values[:, None], states.values.astype(int)], axis=1)
     follows = path[:, 1:] >> bits == path[:, :-1] & (1 << 12 - bits) - 1
-    assert (follows | (path[:, :-1] < 0)).all(), (isa, bits, rows, cols, keep)
+    assert (follows | (path[:, :-1] < 0)).all(), (bits, states.values.shape)
 
 
 def check_all(native, rng):

@@ -104,6 +104,8 @@ def test_rows_shared_among_threads_are_all_there(spec, isa):
     isa=st.sampled_from(ISAS), seed=st.integers(0, 999), name=st.sampled_from(NAMES), kind=st.sampled_from(list(ROWS))
 )
 def test_a_scale_does_not_depend_on_the_order_of_its_weights(isa, name, kind, seed):
+    if format_named(name).rule.state_bits:  # a trellis goes by the order
+        return
     rng = torch.Generator().manual_seed(seed)
     row = ROWS[kind](torch.randn(640, generator=rng)).unsqueeze(0)
     shuffled = row[:, torch.randperm(640, generator=rng)]

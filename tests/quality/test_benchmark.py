@@ -13,7 +13,7 @@ import torch
 from epic_quant import predict
 from epic_quant.calibration import Hessians
 from epic_quant.checkpoint import Checkpoint
-from epic_quant.errors import SpecError
+from epic_quant.errors import CheckpointError
 from epic_quant.plugin.run import SMALL_MODEL, Run
 from epic_quant.prices import price
 from epic_quant.quality import evaluate
@@ -213,5 +213,5 @@ def test_a_policy_that_importance_is_not_enough_for_ends_the_run_at_once(toy_che
     write_prices(price(toy_checkpoint, torch.ones(1, 4), [WeightSpec("int8")], facts={"text_sha256": "some"}), path)
     given = {"checkpoint": str(toy_checkpoint.source), "policy": ["mlp=int4+gptq"], "hessians": path}
     run = Run(argparse.Namespace(**(vars(pytestconfig.option) | given)), pytestconfig.rootpath)
-    with run.checkpoint, pytest.raises(SpecError, match=r"mlp=int4\+gptq: \+gptq needs Hessians, but .* has prices"):
+    with run.checkpoint, pytest.raises(CheckpointError, match=r"int4\+gptq needs Hessians, but .* has prices"):
         run.check_inputs(())

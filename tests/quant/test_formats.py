@@ -221,7 +221,18 @@ def test_tensors_that_are_not_what_a_format_stores_are_refused(spec):
             from_tensors(parsed, tensors, (6, 96))
 
 
-@pytest.mark.parametrize("name", SCALED)
+@pytest.mark.parametrize("name", [name for name in SCALED if FORMATS[name].state_bits])
+def test_a_trellis_row_says_what_it_does(name):
+    """Levels: what can follow a state, at one scale; and state bits are those that it has tables for."""
+    info = FORMATS[name]
+    assert type(format_named(name)).__module__ == f"epic_quant.quant.{info.module}"
+    for state_bits in info.state_bits:
+        chosen = format_named(name).with_options(WeightSpec(name, state_bits=state_bits))
+        assert len(chosen.values) == 2**state_bits
+        assert max(len(each.unique()) for each in chosen.values.view(-1, info.num_levels)) == info.num_levels
+
+
+@pytest.mark.parametrize("name", [name for name in SCALED if not FORMATS[name].state_bits])
 def test_a_formats_row_says_what_it_does(name):
     """Levels: of all codes that packing holds, decoded at one scale, those in reach of any weight."""
     info, codec = FORMATS[name], format_named(name)
