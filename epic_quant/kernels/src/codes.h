@@ -266,12 +266,16 @@ struct Codes<Coding::q4_k> {
 
 // ---- trellises ----
 
+// State bits up to which many states lie in one word.
+constexpr int kShortState = 12;
+
 // What a state stands for, as a signed byte; or 128 more, as an unsigned one.
 template <class B>
 struct StateValues {
   StateValues(const States& states, bool from128)
-      : mask(B::fill_words(states.mask())), multiplier(states.multiplier),
+      : is_short(states.state_bits <= kShortState), mask(B::fill_words(states.mask())), multiplier(states.multiplier),
         high(B::repeat(states.high) ^ B::fill(from128 ? 128 : 0)), low(B::repeat(states.low)) {}
+  bool is_short;
   B mask;
   unsigned multiplier;
   B high, low;
@@ -287,18 +291,25 @@ struct TrellisCodes {
     B words[Bits + 1];
     EPIC_QUANT_UNROLL for (int i = 0; i < Bits; ++i) words[i] = in[i];
     words[Bits] = in[0].template from_second_word<L>(in[Bits]);
+    states.is_short ? decode_words<true>(words, states, values) : decode_words<false>(words, states, values);
+  }
+
+ private:
+  template <bool Short, class B>
+  static EPIC_QUANT_INLINE void decode_words(const B (&words)[Bits + 1], const StateValues<B>& states, B (&values)[8]) {
     EPIC_QUANT_UNROLL for (int v = 0; v < 8; ++v) {
-      const B first = product(words, v * Bits, states), second = product(words, (v + 8) * Bits, states);
+      const B first = product<Short>(words, v * Bits, states), second = product<Short>(words, (v + 8) * Bits, states);
       const B index = first.down(8) | second.odd();
       values[v] = states.high.look_up(index.down(4) & B::fill(15)) + states.low.look_up(index & B::fill(15));
     }
   }
 
- private:
-  template <class B>
+  template <bool Short, class B>
   static EPIC_QUANT_INLINE B product(const B (&words)[Bits + 1], int at, const StateValues<B>& states) {
     const int word = at / 16, shift = at % 16;
-    const B window = shift ? words[word].down(shift) | words[word + 1].up(16 - shift) : words[word];
+    const bool in_one_word = shift == 0 || (Short && shift <= 16 - kShortState);
+    const B own = shift ? words[word].down(shift) : words[word];
+    const B window = in_one_word ? own : own | words[word + 1].up(16 - shift);
     return (window & states.mask).times(states.multiplier);
   }
 };
