@@ -88,9 +88,10 @@ class Run:
             download=self.options.download,
         )
         self.config = TextConfig.read(self.checkpoint)
+        self.nbytes = sum(self.checkpoint.nbytes(name) for name in self.checkpoint.names)
         # Everything is compared with bf16, so it is always included.
         self.policies, self.left_out = {REFERENCE: NAMED[REFERENCE]}, dict[str, str]()
-        fitting = self._fitting(asked or NAMED.values(), check, bool(asked))
+        fitting = self._fitting(asked or self._quickly_encoded(NAMED.values()), check, bool(asked))
         self.policies |= {name: opened(policy, self.config) for name, policy in fitting.items()}
         asked_kv = [*map(KVSpec.parse, self.options.kv_policy)]
         self.kv_policies = {"bf16": NAMED_KV["bf16"]}
@@ -98,7 +99,14 @@ class Run:
         for spec in map(WeightSpec.parse, self.options.price):
             self._check_priced(spec)
         self._weights = CheckpointWeights(self.checkpoint)
-        self.nbytes = sum(self.checkpoint.nbytes(name) for name in self.checkpoint.names)
+
+    def _quickly_encoded(self, policies: Iterable[PolicySpec]) -> Iterator[PolicySpec]:
+        """Those that nobody needs to ask for: of a large checkpoint without trellises."""
+        for policy in policies:
+            if self.is_large and any(spec.info.state_bits for spec in policy.weight_specs):
+                self.left_out[policy.name] = f"whose trellis takes long to encode: --policy {policy.name} measures it"
+            else:
+                yield policy
 
     def _fitting(
         self, policies: Iterable[_Spec], check: Callable[[_Spec, TextConfig], None], asked: bool
@@ -304,10 +312,12 @@ class Run:
     def priced_specs(self) -> tuple[WeightSpec, ...]:
         """The specs that tensors are priced under: `--price`, or the best at each width; and those of the policies.
 
-        Ones with `+gptq` or `+yaqa` only where there are Hessians.
+        Ones with `+gptq` or `+yaqa` only where there are Hessians; trellises of a large checkpoint, which take long to
+        encode, only on demand.
         """
         fitted = self._fits_hessians if self._hessians is None else self._hessians.are_whole
-        every = dict.fromkeys((*(self._asked_specs or CANDIDATES), *self._policy_specs))
+        candidates = [spec for spec in CANDIDATES if not (self.is_large and spec.info.state_bits)]
+        every = dict.fromkeys((*(self._asked_specs or candidates), *self._policy_specs))
         return tuple(spec for spec in every if not spec.info.is_plain and (fitted or not spec.compensated))
 
     @property

@@ -38,12 +38,15 @@ CANDIDATES = tuple(
         "int3-g128",
         "int2-g128",
         "ternary-g128",
+        "codebook4+had256",
+        "codebook3+had256",
+        "codebook2+had256",
         "trellis4+had256",
         "trellis3+had256",
         "trellis2+had256",
         "codebook4+had256+gptq",
-        "trellis3+had256+gptq",
-        "trellis2+had256+gptq",
+        "codebook3+had256+gptq",
+        "codebook2+had256+gptq",
     )
 )
 # What errors are rounded to in reduced precision, so many weights at a time; and the weights that the diagonal form is

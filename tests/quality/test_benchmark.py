@@ -215,3 +215,26 @@ def test_a_policy_that_importance_is_not_enough_for_ends_the_run_at_once(toy_che
     run = Run(argparse.Namespace(**(vars(pytestconfig.option) | given)), pytestconfig.rootpath)
     with run.checkpoint, pytest.raises(CheckpointError, match=r"int4\+gptq needs Hessians, but .* has prices"):
         run.check_inputs(())
+
+
+def test_trellises_of_a_large_checkpoint_are_measured_on_demand(toy_checkpoint, pytestconfig, monkeypatch):
+    """They take long to encode, which is said."""
+
+    def run(**given):
+        given = {"checkpoint": str(toy_checkpoint.source), "policy": [], "price": [], "hessians": None} | given
+        return Run(argparse.Namespace(**(vars(pytestconfig.option) | given)), pytestconfig.rootpath)
+
+    def names(run):
+        run.checkpoint.close()
+        return set(run.policies), {str(spec) for spec in run.priced_specs}
+
+    policies, priced = names(run())
+    assert {"trellis2", "trellis3", "trellis4"} < policies
+    assert "trellis3+had256" in priced
+    monkeypatch.setattr("epic_quant.plugin.run.LARGE_CHECKPOINT_NBYTES", 0)
+    policies, priced = names(large := run())
+    assert not [name for name in policies | priced if "trellis" in name]
+    assert "takes long to encode: --policy trellis3 measures it" in large.left_out["trellis3"]
+    policies, priced = names(run(policy=["trellis3"], price=["trellis2"]))
+    assert policies == {"bf16", "trellis3"}
+    assert {"trellis2", "trellis3+had256"} < priced

@@ -243,7 +243,7 @@ def test_outputs_that_matter_alike_leave_the_compensation_of_columns(base, layer
 
 
 @pytest.mark.parametrize(
-    "base", ["int3-g128", "int2-g32", "codebook3-g64", "codebook2+had64", "ternary", "affine3-g32"]
+    "base", ["int3-g128", "int2-g32", "codebook3-g64", "codebook2+had64", "ternary", "affine3-g32", "trellis2+had64"]
 )
 def test_compensating_rows_too_lowers_the_two_sided_error(base, layer, outputs):
     """tr(Eᵀ H_O E H_I), for outputs that have much in common."""
