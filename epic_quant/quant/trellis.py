@@ -46,6 +46,8 @@ _COMPENSATED_TOGETHER = 128
 _COMPENSATED_AHEAD = 32
 _COMPARED = 1024
 _BIN_BITS = 8
+# Scales saturate far below this, and the squares of its multiples must not overflow.
+_MOST_WEIGHT = 2.0**30
 
 # Weights and values are words of 16 bits, 8 of them for fractions of an entry, and so are costs: the upper halves of
 # squared distances; with 3 bits or more, whose distances are smaller, of twice the distances.
@@ -127,8 +129,9 @@ class Trellis(ScaledFormat):
         return states, best, error
 
     def _compensated_states(self, values: Tensor, scale: Tensor, factor: Tensor, backend: str | None) -> Tensor:
-        """States of `values` [rows, cols], which are overwritten, whose errors later columns make up for."""
+        """States of `values` [rows, cols] whose errors later columns make up for."""
         rows, cols = values.shape
+        values = values.clamp(-_MOST_WEIGHT, _MOST_WEIGHT)  # a copy, since compensation overwrites it
         by_column, state_values = _by_column(scale, cols), self.values.to(values.device)
         states = torch.empty(rows, cols, dtype=torch.int32, device=values.device)
         before = torch.full((rows,), -1, dtype=torch.int32, device=values.device)
@@ -339,7 +342,8 @@ def _least(costs: Tensor, most: int) -> Tensor:
         bins = above >> shift
         taken = int((torch.bincount(bins[finite]).cumsum(0) <= most).sum())
         finite &= bins < max(taken, 1)
-    return finite.nonzero().flatten()[:most]
+    found = finite.nonzero().flatten()[:most]
+    return found if len(found) else torch.zeros(1, dtype=torch.int64)  # where none is finite any will do
 
 
 def _error(column: Tensor, values: Tensor, times: int) -> Tensor:

@@ -156,6 +156,18 @@ def test_a_short_row_is_compensated_as_well_as_by_any_path():
     torch.testing.assert_close(least, errors.square().sum(2).amin(1))
 
 
+@pytest.mark.parametrize("spec", ["trellis2+gptq", "trellis3+had64+gptq"])
+def test_weights_too_large_for_any_scale_saturate(spec):
+    weight = gaussian(2, 192)
+    weight[1] *= 1e37
+    hessian, given = torch.eye(192) + 0.5, weight.clone()
+    found, expected = (quantize(weight, parse(spec), hessian, backend=one) for one in (None, kernels.REFERENCE))
+    assert same_tensors(found, expected)
+    assert torch.equal(weight, given)
+    assert found.dequantize().isfinite().all()
+    assert relative_l2(found.dequantize()[0], weight[0]) < 0.6
+
+
 def test_more_survivors_leave_smaller_errors():
     rng = torch.Generator().manual_seed(0)
     factor = torch.eye(128) + 0.1 * torch.randn(128, 128, generator=rng).triu(1)

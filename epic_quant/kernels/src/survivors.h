@@ -96,6 +96,7 @@ inline std::size_t pick_least(const float* costs, std::size_t count, std::size_t
     picked[taken] = static_cast<std::uint32_t>(i);
     taken += bits_of(costs[i]) < below;
   }
+  if (!taken) picked[taken++] = 0;  // where none is finite any will do
   return taken;
 }
 
