@@ -138,7 +138,9 @@ def check_paths(native, isa, bits, rows, cols, keep, rng):
     x = Exact((rng.standard_normal((rows, cols)) * 10000).clip(-32768, 32767).astype(np.int16))
     before = Exact(rng.integers(-1, 1 << 12, rows).astype(np.int32))
     states = Exact(np.zeros((rows, keep), np.uint16))
-    arguments = (before.address, bool(rng.integers(2)), keep, states.address, int(rng.choice(THREADS)))
+    # A state that goes before must leave bits that can be zeros.
+    ends = cols * bits >= 12 - bits and bool(rng.integers(2))
+    arguments = (before.address, ends, keep, states.address, int(rng.choice(THREADS)))
     native.find_paths(isa, bits, 12, values.address, x.address, rows, cols, *arguments)
     check_path(before, states, bits)
     # The same where later columns make up for errors, with few survivors and with more than there are paths at first.
