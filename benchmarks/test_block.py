@@ -16,7 +16,7 @@ from epic_quant.policy import weights_of
 from epic_quant.records.subjects import BlockRecord
 
 # A fast block's rounds fill this time; a slow one's, as on a large model, are pytest-benchmark's five at least.
-pytestmark = pytest.mark.benchmark(max_time=0.3)
+pytestmark = pytest.mark.benchmark(max_time=0.2)
 
 WINDOW_TOKENS = 512
 # The tokens measured begin here: after BOS, whose hidden state is an outlier.
