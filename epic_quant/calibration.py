@@ -56,7 +56,6 @@ class Hessians(Mapping[str, Hessian]):
     """
 
     def __init__(self, path: Path, checkpoint: Checkpoint) -> None:
-        self._path = path
         try:
             self._file = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
@@ -168,10 +167,8 @@ def _stored_shapes(weights: CheckpointWeights, outputs: bool) -> dict[str, tuple
     Of inputs the model projection, layer by layer, the head; of outputs the layers from the last, the projection.
     """
     matrices = [t for t in weights.tensors.values() if len(t.shape) == 2 and not t.unused]
-    layers, globals_ = (
-        [t for t in matrices if t.layer is not None],
-        [t for t in matrices if t.name == _MODEL_PROJECTION],
-    )
+    layers = [t for t in matrices if t.layer is not None]
+    globals_ = [t for t in matrices if t.name == _MODEL_PROJECTION]
     shapes = {t.name: 2 * t.shape[1:] for t in globals_ + layers if _stored_name(t.name) == t.name}
     backwards = sorted(layers, key=lambda t: t.layer or 0, reverse=True) + globals_ if outputs else []
     of_outputs = {t.name + _OUTPUTS: OutputHessian.shape(t.shape[0]) for t in backwards}

@@ -219,8 +219,8 @@ def find_compensated_paths(
     Raises KernelError for what does not fit.
     """
     rows, cols = x.shape
-    state_bits = _state_bits(values, bits)
-    if scales.shape != x.shape or factor.shape != (cols, cols) or before.shape != (rows,) or not 1 <= keep <= cols:
+    state_bits = _checked_search(x, values, bits, before, keep)
+    if scales.shape != x.shape or factor.shape != (cols, cols):
         raise KernelError(f"scales {list(scales.shape)} and a factor {list(factor.shape)} for rows {list(x.shape)}")
     if {one.dtype for one in (x, scales, factor, values)} != {torch.float32} or not 1 <= most <= 2**15:
         raise KernelError(f"rows and what goes with them are not all {torch.float32}, or {most} paths survive")
@@ -261,12 +261,17 @@ def own_factors(factor: Tensor) -> Tensor:
     return own
 
 
-def _state_bits(values: Tensor, bits: int) -> int:
-    """Those of a trellis with these values; raises KernelError where no kernel has it."""
+def _checked_search(x: Tensor, values: Tensor, bits: int, before: Tensor, keep: int) -> int:
+    """The state bits of a trellis with these values; raises KernelError where no kernel has it, or rows do not fit."""
     state_bits = values.numel().bit_length() - 1
     if not 1 <= bits <= 4 or values.shape != (1 << state_bits,) or not bits + 5 <= state_bits <= 16:
         raise KernelError(
             f"values {list(values.shape)} for {bits} bits, expected 1 to 4 bits, and 2^(bits + 5) to 2^16"
+        )
+    rows, cols = x.shape
+    if not 1 <= keep <= cols or before.shape != (rows,):
+        raise KernelError(
+            f"{keep} of {cols} columns after states {list(before.shape)}, expected 1 or more and [{rows}]"
         )
     return state_bits
 
@@ -279,12 +284,8 @@ def find_paths(
     As `epic_quant.quant.trellis.find_paths`, whose other arguments these are; `isa` as in `NativeMatrix`. Raises
     KernelError for what does not fit.
     """
-    state_bits = _state_bits(values, bits)
     rows, cols = x.shape
-    if not 1 <= keep <= cols or before.shape != (rows,):
-        raise KernelError(
-            f"{keep} of {cols} columns after states {list(before.shape)}, expected 1 or more and [{rows}]"
-        )
+    state_bits = _checked_search(x, values, bits, before, keep)
     if x.dtype != torch.int16 or values.dtype != torch.int16:
         raise KernelError(f"rows and values are {x.dtype} and {values.dtype}, expected {torch.int16}")
     x, values, before = _in_memory(x), _in_memory(values), _in_memory(before.int())

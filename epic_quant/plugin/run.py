@@ -103,10 +103,14 @@ class Run:
     def _quickly_encoded(self, policies: Iterable[PolicySpec]) -> Iterator[PolicySpec]:
         """Those that nobody needs to ask for: of a large checkpoint without trellises."""
         for policy in policies:
-            if self.is_large and any(spec.info.state_bits for spec in policy.weight_specs):
+            if any(map(self._is_on_demand, policy.weight_specs)):
                 self.left_out[policy.name] = f"whose trellis takes long to encode: --policy {policy.name} measures it"
             else:
                 yield policy
+
+    def _is_on_demand(self, spec: WeightSpec) -> bool:
+        """Whether a spec takes too long to be measured unasked: a trellis of a large checkpoint."""
+        return self.is_large and bool(spec.info.state_bits)
 
     def _fitting(
         self, policies: Iterable[_Spec], check: Callable[[_Spec, TextConfig], None], asked: bool
@@ -316,7 +320,7 @@ class Run:
         encode, only on demand.
         """
         fitted = self._fits_hessians if self._hessians is None else self._hessians.are_whole
-        candidates = [spec for spec in CANDIDATES if not (self.is_large and spec.info.state_bits)]
+        candidates = [spec for spec in CANDIDATES if not self._is_on_demand(spec)]
         every = dict.fromkeys((*(self._asked_specs or candidates), *self._policy_specs))
         return tuple(spec for spec in every if not spec.info.is_plain and (fitted or not spec.compensated))
 

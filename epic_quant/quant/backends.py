@@ -65,40 +65,16 @@ def _multiplies(matrix: KernelMatrix) -> bool:
 
 def rotate(x: Tensor, rotation: Rotation, backend: str | None, *, inverse: bool) -> Tensor | None:
     """Rows of x [..., cols] rotated, or rotated back, by a kernel; None where the reference computes."""
-    chosen = _chosen(backend)
-    if chosen == REFERENCE or x.dtype is not torch.float32 or x.device.type != "cpu" or not x.numel():
+    isa = isa_for(x.device, backend)
+    if isa is None or x.dtype is not torch.float32 or not x.numel():
         return None
-    return None if x.requires_grad else matrix.rotate(x, rotation, inverse=inverse, isa=chosen)
+    return None if x.requires_grad else matrix.rotate(x, rotation, inverse=inverse, isa=isa)
 
 
-def find_paths(
-    x: Tensor, values: Tensor, bits: int, before: Tensor, keep: int, backend: str | None, *, ends: bool
-) -> Tensor | None:
-    """As `trellis.find_paths` by a kernel; None where the reference computes."""
+def isa_for(device: torch.device, backend: str | None) -> str | None:
+    """The instruction set whose kernels compute with what lies on a device; None where the reference computes."""
     chosen = _chosen(backend)
-    if chosen == REFERENCE or x.device.type != "cpu":
-        return None
-    return matrix.find_paths(x, values, bits, before, keep, ends=ends, isa=chosen)
-
-
-def find_compensated_paths(
-    x: Tensor,
-    scales: Tensor,
-    factor: Tensor,
-    values: Tensor,
-    bits: int,
-    before: Tensor,
-    keep: int,
-    most: int,
-    backend: str | None,
-    *,
-    ends: bool,
-) -> Tensor | None:
-    """As `trellis.find_compensated_paths` by a kernel; None where the reference computes."""
-    chosen = _chosen(backend)
-    if chosen == REFERENCE or x.device.type != "cpu":
-        return None
-    return matrix.find_compensated_paths(x, scales, factor, values, bits, before, keep, most, ends=ends, isa=chosen)
+    return None if chosen == REFERENCE or device.type != "cpu" else chosen
 
 
 def _chosen(backend: str | None) -> str:

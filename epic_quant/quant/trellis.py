@@ -222,9 +222,8 @@ def find_paths(
     highest. The path goes on from the state `before` [rows], or from any where that is negative. With `ends`, only
     zeros follow the symbols of x, which is to be possible after `before`. `backend` as in `backends`.
     """
-    found = backends.find_paths(x, values, bits, before, keep, backend, ends=ends)
-    if found is not None:
-        return found
+    if (isa := backends.isa_for(x.device, backend)) is not None:
+        return kernels.find_paths(x, values, bits, before, keep, ends=ends, isa=isa)
     columns, values = x.T.int().unsqueeze(2), values.int()
     num_states, num_ends = len(values), len(values) >> bits
     follows = torch.arange(num_states, device=x.device) >> bits == (before % num_ends).unsqueeze(1)
@@ -266,10 +265,9 @@ def find_compensated_paths(
     sum of squared errors, each over the diagonal, is to be least. So many paths as `most` survive each column. `scales`
     are in the shape of x, `values` [2^state_bits] fp32 in the unit of these; all else as `find_paths`.
     """
-    given = x, scales, factor, values, bits, before, keep, most
-    found = backends.find_compensated_paths(*given, backend, ends=ends)
-    if found is not None:
-        return found
+    if (isa := backends.isa_for(x.device, backend)) is not None:
+        given = x, scales, factor, values, bits, before, keep, most
+        return kernels.find_compensated_paths(*given, ends=ends, isa=isa)
     own, over_diagonal = kernels.own_factors(factor), 1 / factor.diagonal()
     paths = [
         _compensated_path(row, scale, factor, own, over_diagonal, values, bits, int(first), most, ends)

@@ -173,7 +173,7 @@ void find_compensated_path(const CompensatedSearch& search, std::size_t row, flo
     }
     next.count = pick_least(scratch.candidate_cost, count, search.most, scratch.bins, scratch.picked);
     for (std::size_t i = 0; i < next.count; ++i) {
-      const std::size_t picked = scratch.picked[i], from = is_free || col == 0 ? 0 : picked >> Bits;
+      const std::size_t picked = scratch.picked[i], from = col == 0 ? 0 : picked >> Bits;
       float* const errors = next.errors + i * kOwnErrors;
       std::size_t state = picked;
       float left = scratch.columns[0];
